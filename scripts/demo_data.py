@@ -64,6 +64,9 @@ def fix_quotes(text: str) -> str:
     return re.sub(r"”", "", text) if text.count("“") != text.count("”") else text
 
 
+GARBLED = re.compile("[\ue000-\uf8ff\ufffd⒈-⒛『]|[^a-z]b[0-9a-f]{3}")  # wrongly decoded entries of the word list
+
+
 class Idiom(NamedTuple):
     word: str
     explanation: str
@@ -97,8 +100,8 @@ def read_words(path: Path, rarity: dict[str, float]) -> list[tuple[str, str]]:
     words = {}
     for line in zipped_lines(path):
         word, _, definition = line.partition("\t")
-        definition = fix_quotes(definition.strip().replace("﹑", "、").replace("﹐", "，").replace(";", "；"))
-        if word and definition:
+        definition = fix_quotes(definition.strip().translate(str.maketrans("﹑﹐﹔﹕;", "、，；：；")))
+        if word and definition and not GARBLED.search(definition):
             words.setdefault(word.strip(), definition.replace("～", word.strip()))
     return sorted(words.items(), key=lambda item: (rarity.get(item[0], 99.0), item[0]))
 
@@ -152,7 +155,8 @@ def idiom_document(idiom: Idiom) -> str:
     """What an idiom means, where it comes from and an example, as prose."""
     meaning = plain_meaning(idiom.explanation)
     text = f"“{idiom.word}”{meaning}" if meaning == idiom.explanation else f"{idiom.word}：{idiom.explanation}"
-    text += f"出自{idiom.source}。" if idiom.source else ""
+    source = re.sub("^(语出|语本|典出|典自|出自|见于?)", "", idiom.source)
+    text += f"出自{source}。" if source else ""
     text += f"例如：{idiom.example}" if idiom.example else ""
     return re.sub("。。+", "。", text.replace("。”。", "。”"))
 
@@ -224,7 +228,7 @@ PHRASINGS = {
         ["解释词语：{}", "你知道{}这个词的意思吗？"],
     ),
 }
-RUDE = re.compile("[屁屎尿婊妓奸淫粪嫖奴娼瞎聋瘸瘫阉尸]|王八|茅坑|茅厕|寡妇|太监|哑巴|麻子|鬼子|死人|死娃|厕所|自杀|强盗")
+RUDE = re.compile("[屁屎尿婊妓奸淫粪嫖奴娼瞎聋瘸瘫阉尸]|王八|茅坑|茅厕|寡妇|太监|哑巴|麻子|鬼子|死人|死娃|厕所|自杀")
 
 
 def plain_meaning(explanation: str) -> str | None:
@@ -234,7 +238,7 @@ def plain_meaning(explanation: str) -> str | None:
     """
     sentences = re.findall("[^。]+。", explanation)
     for index, sentence in enumerate(sentences):
-        if re.match("比喻|形容|指|表示|泛指|原指|多指|旧指|常指|也指|原形容|原比喻|常用来|用来", sentence):
+        if re.match("比喻|形容|指|表示|泛指|原指|多指|旧指|常指|原形容|原比喻|常用来|用来", sentence):
             return "".join(sentences[index:])
     return None
 
@@ -367,8 +371,13 @@ TALK = [
 ]
 SYSTEM = ["你是MiniMind，一个乐于助人的小助手。", "你是一个有帮助的助手。", "请用简短的话回答问题。"]
 CHINESE_TOPICS = ["ai", "botprofile", "conversations", "food", "greetings", "history"]
-ENGLISH_TOPICS = ["ai", "botprofile", "computers", "conversations", "food", "greetings", "history", "science", "trivia"]
-OFF_NAMES = re.compile("chatterbot|eliza|hal|python|alice|data|名字|写的|机器人应该|婆娘", re.IGNORECASE)
+ENGLISH_TOPICS = ["botprofile", "conversations", "greetings", "trivia"]
+# Left out: other bots' names and inner lives, and lines that a machine's translation made senseless.
+OFF_TOPIC = re.compile(
+    "chatterbot|bot|hal|python|data|YOLO|名字|写的|死|永|朽|克隆|身体|允许|交配|能源|内战|控制|编程|程序|谎言|优于|没有.*意义"
+    "|狭窄|弯腰|造物|笑$|吗。$|你呢。$|不要|尺码|失灵|历史|我还年轻|一个人。|消耗|到处|不能你吃|什么样的|这是一台|主人|活过",
+    re.IGNORECASE,
+)
 
 
 def talk_turns(held_out: bool = False) -> list[Turn]:
@@ -382,11 +391,12 @@ def dialogue_turns(conversations: Iterable[list[str]], chinese: bool) -> list[Tu
     known = {key_of(question) for held_out in (False, True) for question, _ in talk_turns(held_out)}
     for question, answer, *_ in (lines for lines in conversations if len(lines) > 1):
         if chinese:
-            question, answer = (line.translate(str.maketrans(",?!", "，？！")).rstrip(". ") for line in (question, answer))
+            wide = str.maketrans(",?!", "，？！")
+            question, answer = question.translate(wide).rstrip(". "), answer.translate(wide).rstrip(". ")
             answer += "" if answer[-1:] in "。？！" else "。"
         share = len(re.findall("[\u4e00-\u9fff]", question + answer)) / len(question + answer)
         fits = 2 <= len(question) <= 60 and 2 <= len(answer) <= (40 if chinese else 90)
-        if fits and (share > 0.6) == chinese and not OFF_NAMES.search(question + answer):
+        if fits and (share > 0.6) == chinese and not OFF_TOPIC.search(question + answer):
             if key_of(question) not in known:
                 turns.setdefault(key_of(question), (question, answer))
     return list(turns.values())
@@ -459,9 +469,9 @@ UNSEEN_SHARE = 0.06
 def instructions(source: "Sources", size: int, rng: random.Random) -> Instructions:
     """About `size` conversations: talk, every chosen fact in two phrasings, and one in seven of several turns."""
     talk = [[turn] for turn in talk_turns()]
-    for conversations, chinese in ((source.chinese, True), (source.english, False)):
+    for conversations, chinese in ((source.chinese, True), (source.english_chat, False)):
         turns = dialogue_turns(conversations, chinese)
-        talk += [[turn] for turn in rng.sample(turns, min(len(turns), size // 25))]
+        talk += [[turn] for turn in rng.sample(turns, min(len(turns), size // 40))]
     num_multi = size // 7
     num_facts = max(20, (size - len(talk) - num_multi) // 2)
     pools = fact_pools(source)
@@ -563,6 +573,7 @@ class Sources(NamedTuple):
     reviews: list[str]
     chinese: list[list[str]]
     english: list[list[str]]
+    english_chat: list[list[str]]  # the part of `english` that suits a chat
 
 
 def read_sources() -> Sources:
@@ -586,6 +597,7 @@ def read_sources() -> Sources:
         reviews=[line for path in reviews for line in path.read_text(encoding="utf-8").splitlines() if line.strip()],
         chinese=list(read_dialogues(dialogues / "chinese", CHINESE_TOPICS)),
         english=list(read_dialogues(dialogues / "english", every_topic)),
+        english_chat=list(read_dialogues(dialogues / "english", ENGLISH_TOPICS)),
     )
 
 
