@@ -64,7 +64,7 @@ def fix_quotes(text: str) -> str:
     return re.sub(r"”", "", text) if text.count("“") != text.count("”") else text
 
 
-GARBLED = re.compile("[\ue000-\uf8ff\ufffd⒈-⒛『]|[^a-z]b[0-9a-f]{3}")  # wrongly decoded entries of the word list
+GARBLED = re.compile("[\ue000-\uf8ff\ufffd⒈-⒛『]|(^|[^a-z])b[0-9a-f]{3}")  # wrongly decoded entries of the word list
 
 
 class Idiom(NamedTuple):
@@ -411,9 +411,14 @@ def key_of(question: str) -> str:
 
 
 def conversation(turns: list[Turn], system: str = "") -> dict:
-    """An instruction record {"history", "q", "a"}; a system message is the first item of the history."""
-    history = ([{"role": "system", "content": system}] if system else []) + [list(turn) for turn in turns[:-1]]
-    return {"history": history, "q": turns[-1][0], "a": turns[-1][1]}
+    """An instruction record: the last turn, those before it as `history`, and the system message or ""."""
+    history = [list(turn) for turn in turns[:-1]]
+    return {"history": history, "q": turns[-1][0], "a": turns[-1][1], "system": system}
+
+
+def without_system(record: dict) -> dict:
+    """The record with v1's columns only."""
+    return {key: record[key] for key in ("history", "q", "a")}
 
 
 def follow_up(fact: Fact, rng: random.Random) -> list[Turn]:
@@ -463,7 +468,7 @@ class Instructions(NamedTuple):
 
 
 SHARES = {"idiom": 0.4, "meaning": 0.14, "riddle": 0.26, "word": 0.2}
-UNSEEN_SHARE = 0.06
+UNSEEN_SHARE = 0.1
 
 
 def instructions(source: "Sources", size: int, rng: random.Random) -> Instructions:
@@ -497,12 +502,9 @@ def instructions(source: "Sources", size: int, rng: random.Random) -> Instructio
     asked = rng.sample(trained, min(len(trained), 250))
     reworded = [conversation([turn]) for fact in asked for turn in ask(fact, rng, held_out=True)]
     reworded += [conversation([turn]) for turn in talk_turns(held_out=True)]
-    return Instructions(
-        train,
-        one_answer_each(reworded),
-        one_answer_each(conversation([turn]) for fact in unseen for turn in ask(fact, rng)),
-        trained,
-    )
+    answers = {record["a"] for record in train}  # riddles may share theirs
+    new = [conversation([turn]) for fact in unseen if fact.answer not in answers for turn in ask(fact, rng)]
+    return Instructions(train, one_answer_each(reworded), one_answer_each(new), trained)
 
 
 def fact_pools(source: "Sources") -> dict[str, list[Fact]]:
@@ -519,7 +521,7 @@ def one_answer_each(records: Iterable[dict]) -> list[dict]:
     """The records without those that ask again what was asked before in the same history."""
     kept = {}
     for record in records:
-        kept.setdefault(json.dumps([record["history"], record["q"]], ensure_ascii=False), record)
+        kept.setdefault(json.dumps([record["history"], record["q"], record["system"]], ensure_ascii=False), record)
     return list(kept.values())
 
 
@@ -614,10 +616,10 @@ def demo_records(source: Sources, max_sft: int, seed: int) -> Iterator[tuple[str
     for record in made.train:
         yield "tokenizer_train.jsonl", {"text": f"{record['q']}\n{record['a']}"}
         yield "sft_data.csv", record
-        if not record["history"]:
-            yield "sft_data_single.csv", record
-    yield from (("sft_val.csv", record) for record in made.reworded)
-    yield from (("sft_val_new.csv", record) for record in made.unseen)
+        if not record["history"] and not record["system"]:
+            yield "sft_data_single.csv", without_system(record)
+    yield from (("sft_val.csv", without_system(record)) for record in made.reworded)
+    yield from (("sft_val_new.csv", without_system(record)) for record in made.unseen)
     rng = random.Random(seed + 2)
     yield from (("dpo/train_data.json", pair) for pair in preferences(made.facts, max_sft // 4, rng))
     yield from (("dpo/val_data.json", pair) for pair in preferences(made.facts, 100, rng, held_out=True))
