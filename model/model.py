@@ -210,14 +210,27 @@ class Attention(nn.Module):
             q = q.type_as(k)
         if not self.config.flash_attn:
             out = written_out_attention(q, k, v, starts, mask)
-        elif mask is None and q.shape[2] == 1:  # one new token sees all: its G heads are G queries of one head
+        elif q.shape[2] == 1:  # one new token: the G heads of a group are G queries of one head
             grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-            out = F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
         elif mask is None and use_block_attention(q.device):
             out = BlockAttention.apply(q, k, v, starts)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            out = fused_attention(q, k, v, starts, mask)
         return self.wo(out.transpose(1, 2).flatten(2).type_as(x))
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, mask: Tensor | None) -> Tensor:
+    """torch's attention kernels, around their traps. Shapes: as of written_out_attention.
+
+    enable_gqa loses the fused kernels where a mask is given on CUDA, and aborts the process on Apple GPUs in
+    torch 2.6 (pytorch issue 149132): heads are copied instead. is_causal sees the future on Apple GPUs in
+    16 bits (pytorch issue 195910), so the mask is written out there.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if mask is None and (starts is not None or q.device.type == "mps"):
+        mask = causal_mask(q.shape[2], k.shape[2], q.device, starts)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def written_out_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, mask: Tensor | None) -> Tensor:
