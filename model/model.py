@@ -300,7 +300,7 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 near ties would go to another expert
             probs = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)  # (N, E)
         weights, chosen = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
-        if config.norm_topk_prob:
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:  # a lone weight of 1 would teach the router nothing
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
         order = chosen.flatten().argsort(stable=True)  # assignments, those of expert 0 first
