@@ -89,6 +89,7 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` columns."""
         self.length = min(self.length, length)
+        self.real[:, self.length :] = True
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows of the batch (indices), in that order."""
