@@ -423,6 +423,8 @@ class Transformer(nn.Module):
 
         real = mask = starts = None
         if documents is not None:
+            if cache is not None or attention_mask is not None:
+                raise ValueError("documents is for packed rows; it goes without cache and attention_mask")
             real = documents > 0
             starts = document_starts(documents)
             if not use_block_attention(device):
