@@ -38,6 +38,10 @@ class LMConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.ffn_dim < 1:
+            raise ValueError(f"hidden_dim is {self.hidden_dim}; it must be at least 1, or None for v1's rule")
+        if self.n_shared_experts < 0:
+            raise ValueError(f"n_shared_experts is {self.n_shared_experts}; it must be at least 0")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
