@@ -46,7 +46,7 @@ def tiny_model(tiny_config):
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(std=0.25)
+                    parameter.normal_(std=0.2)
                 else:  # norm weights
                     parameter.uniform_(0.5, 1.5)
         return model
