@@ -95,7 +95,8 @@ class Tokenizer:
         """Takes the text of a tokenizer.json; `directory` says where it came from. Raises: ValueError."""
         self._json = tokenizer_json
         self.directory = Path(directory)
-        vocab, self.special_tokens, self.fingerprint = _read(tokenizer_json)
+        vocab, special, self.fingerprint = _read(tokenizer_json)
+        self.special_tokens, self.special_ids = tuple(special), tuple(special.values())
         self.vocab_size: int = len(vocab)
         try:
             self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -108,7 +109,7 @@ class Tokenizer:
         self._bytes = [b""] * self.vocab_size
         characters = _byte_characters()
         for token, i in vocab.items():
-            if token not in self.special_tokens:
+            if token not in special:
                 self._bytes[i] = bytes(characters[c] for c in token)
         self._user_start = [self.bos_id]
         self._line_end = self.encode("\n")
@@ -222,8 +223,8 @@ class Tokenizer:
         return pieces
 
 
-def _read(tokenizer_json: str) -> tuple[dict[str, int], tuple[str, ...], str]:
-    """Returns (vocabulary, special tokens, fingerprint) of a tokenizer.json.
+def _read(tokenizer_json: str) -> tuple[dict[str, int], dict[str, int], str]:
+    """Returns (vocabulary, special tokens in order of id, fingerprint) of a tokenizer.json.
 
     Raises: ValueError for one that could encode text to a special id, lose text, or encode it to other ids
     than its fingerprint says.
@@ -233,7 +234,7 @@ def _read(tokenizer_json: str) -> tuple[dict[str, int], tuple[str, ...], str]:
         model, added = data["model"], data["added_tokens"]
         vocab = dict(model["vocab"])
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        special = {t["content"]: t["id"] for t in added if t["special"]}
+        special = dict(sorted(((t["content"], t["id"]) for t in added if t["special"]), key=lambda t: t[1]))
         results = {left + right for left, right in merges}
         vocab.update({t["content"]: t["id"] for t in added})
         in_order = sorted(vocab.values()) == list(range(len(vocab)))
@@ -273,8 +274,8 @@ def _read(tokenizer_json: str) -> tuple[dict[str, int], tuple[str, ...], str]:
     if not in_order:
         raise ValueError(f"its {len(vocab)} tokens do not have the ids 0 to {len(vocab) - 1}")
 
-    content = [sorted(vocab.items(), key=lambda item: item[1]), merges, sorted(special.items())]
-    return vocab, tuple(special), hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    content = [sorted(vocab, key=vocab.get), merges, special]
+    return vocab, special, hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _byte_characters() -> dict[str, int]:
