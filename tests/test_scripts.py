@@ -1,0 +1,184 @@
+"""The tools in scripts/: quickstart.sh, report.py, plot_log.py, benchmark.py."""
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------- quickstart.sh and test.sh
+
+# Stands for a training script: writes what those write, and does what the file `behaviour` beside it says.
+STAGE = """
+import json, os, pathlib, sys, time
+name, out, suffix = {name!r}, sys.argv[sys.argv.index("--out_dir") + 1], "256"
+behaviour = pathlib.Path("behaviour").read_text() if os.path.exists("behaviour") else ""
+print(name, "resumes" if "--resume" in sys.argv else "starts", flush=True)
+if behaviour == name + " is interrupted":
+    open(f"{{out}}/{{name}}_{{suffix}}_resume.pth", "w").close()
+    print("SIGINT: saving", file=sys.stderr)
+    sys.exit(130)
+if behaviour == name + " fails":
+    print("error: disk full", file=sys.stderr)
+    sys.exit(2)
+json.dump({{"finished": True, "random": os.urandom(8).hex()}}, open(f"{{out}}/{{name}}_{{suffix}}.json", "w"))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A folder like a clone with an installed environment and demo data, its training scripts replaced by STAGE."""
+    for name in ("scripts", "model", "dataset", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("quickstart.sh", "test.sh", "venv.sh", "run_logged.py"):
+        shutil.copy(REPO / "scripts" / name, tmp_path / "scripts")
+    for path in REPO.glob("requirements*.txt"):
+        shutil.copy(path, tmp_path)
+        shutil.copy(path, tmp_path / ".venv" / f"installed-{path.name}")
+    shutil.copy(REPO / "model/LMConfig.py", tmp_path / "model")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "dataset/pretrain_data.csv").write_text("text\n你好\n")
+    (tmp_path / "dataset/sft_data.csv").write_text("history,q,a\n[],你好,你好\n")
+    stages = {"1-pretrain.py": "pretrain", "3-full_sft.py": "full_sft", "scripts/report.py": "report"}
+    for script, name in stages.items():
+        (tmp_path / script).write_text(STAGE.format(name=name))
+    return tmp_path
+
+
+def quickstart(clone: Path, behaviour: str = "", *args: str) -> subprocess.CompletedProcess:
+    (clone / "behaviour").write_text(behaviour)
+    command = ["bash", str(clone / "scripts/quickstart.sh"), "--size", "tiny", *args]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+
+def steps(done: subprocess.CompletedProcess) -> list[str]:
+    """What the stages said of themselves, as in ["pretrain starts"]."""
+    return [line for line in done.stdout.splitlines() if line.endswith((" starts", " resumes"))]
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "venv.sh"])
+def test_shell_scripts_parse_and_need_no_new_bash(script):
+    text = (REPO / "scripts" / script).read_text()
+    subprocess.run(["bash", "-n", REPO / "scripts" / script], check=True)
+    for newer_than_macos in ("declare -A", "mapfile", "readarray", "|&", "&>>", ",,}", "^^}", "wait -n"):
+        assert newer_than_macos not in text
+
+
+def test_quickstart_goes_through_and_skips_what_is_finished(clone):
+    done = quickstart(clone)
+    assert done.returncode == 0, done.stderr
+    assert steps(done) == ["pretrain starts", "full_sft starts", "report starts"]
+    assert ".venv/bin/python 2-eval.py --size tiny" in done.stdout
+    assert (clone / "out/quickstart/pretrain_tiny.log").read_text() == "pretrain starts\n"
+
+    again = quickstart(clone)
+    assert again.returncode == 0
+    assert steps(again) == ["report starts"]  # from its log, to show the figures
+    assert again.stdout.count("finished before") == 3
+
+    with open(clone / "dataset/sft_data.csv", "a") as file:
+        file.write("[],再见,再见\n")
+    assert steps(quickstart(clone)) == ["full_sft starts", "report starts"]
+    (clone / "out/pretrain_256.json").write_text('{"finished": true}')  # trained by hand since
+    assert steps(quickstart(clone)) == ["pretrain starts", "full_sft starts", "report starts"]
+
+
+def test_quickstart_fast_keeps_apart_from_the_full_run(clone):
+    quickstart(clone, "", "--fast")
+    assert (clone / "out/fast/full_sft_256.json").exists()
+    assert not (clone / "out/full_sft_256.json").exists()
+    assert steps(quickstart(clone))[0] == "pretrain starts"
+
+
+def test_quickstart_continues_what_was_interrupted(clone):
+    done = quickstart(clone, "full_sft is interrupted")
+    assert done.returncode == 130
+    assert "To continue: bash scripts/quickstart.sh --size tiny" in done.stderr
+    done = quickstart(clone)
+    assert done.returncode == 0
+    assert steps(done) == ["full_sft resumes", "report starts"]
+
+    quickstart(clone, "full_sft is interrupted")
+    (clone / "dataset/sft_data.csv").write_text("history,q,a\n[],早,早\n")
+    assert steps(quickstart(clone))[0] == "full_sft starts"  # other data: its resume file is of no use
+
+
+def test_quickstart_names_the_step_that_failed(clone):
+    done = quickstart(clone, "pretrain fails")
+    assert done.returncode == 1
+    assert "Step pretrain_tiny failed (exit code 2)" in done.stderr
+    assert "out/quickstart/pretrain_tiny.log" in done.stderr
+    assert "The command was: .venv/bin/python 1-pretrain.py --size tiny" in done.stderr
+    assert "To continue:     bash scripts/quickstart.sh --size tiny" in done.stderr
+    assert "error: disk full" in (clone / "out/quickstart/pretrain_tiny.log").read_text()
+    assert steps(done) == ["pretrain starts"]
+
+
+@pytest.mark.parametrize("args", [["--size", "huge"], ["--size"], ["--quick"]])
+def test_quickstart_refuses_wrong_arguments(clone, args):
+    done = subprocess.run(["bash", clone / "scripts/quickstart.sh", *args], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_too_old_python_is_named(clone, tmp_path):
+    (clone / ".venv/bin/python").unlink()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "cmp", "cat"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python3").write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.6\nexit 1\n')
+    (tools / "python3").chmod(0o755)
+    command = [shutil.which("bash"), clone / "scripts/quickstart.sh"]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Python 3.11 or newer is needed; python3 is Python 3.9.6" in done.stderr
+
+
+# ---------------------------------------------------------------- run_logged.py
+
+
+def test_run_logged_keeps_the_last_state_of_a_line(tmp_path):
+    log = tmp_path / "log"
+    code = "import sys; sys.stderr.write('\\r10%\\r\\r20%\\n'); print('text'); sys.stdout.write('end'); sys.exit(3)"
+    command = [sys.executable, REPO / "scripts/run_logged.py", log, sys.executable, "-u", "-c", code]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 3
+    assert log.read_text() == "20%\ntext\nend\n"
+    assert done.stdout == b"\r10%\r\r20%\ntext\nend"
+
+
+def test_run_logged_gives_the_command_a_terminal(tmp_path):
+    log = tmp_path / "log"
+    code = "import os, sys; print(sys.stderr.isatty(), os.get_terminal_size(2).columns)"
+    reader, writer = pty.openpty()
+    command = [sys.executable, REPO / "scripts/run_logged.py", log, sys.executable, "-c", code]
+    subprocess.run(["bash", "-c", 'stty cols 77 <&0; exec "$@"', "-", *command], stdin=writer, stdout=writer, check=True)
+    os.close(writer)
+    assert b"True 77" in os.read(reader, 1000)
+    os.close(reader)
+    assert log.read_text() == "True 77\n"
+
+
+def test_run_logged_waits_for_a_command_that_saves_on_ctrl_c(tmp_path):
+    log = tmp_path / "log"
+    code = (
+        "import signal, sys, time\n"
+        "def save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save); print('ready', flush=True); time.sleep(30)"
+    )
+    command = [sys.executable, REPO / "scripts/run_logged.py", log, sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout.readline() == b"ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    assert log.read_text() == "ready\nsaved\n"
