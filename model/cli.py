@@ -1,6 +1,7 @@
 """What the command lines of all scripts share: paths, value checks, and how an error is shown."""
 
 import argparse
+import ast
 import os
 import signal
 import sys
@@ -11,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent  # default paths start here, so a 
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs `main`; a mistake of the user's becomes one line on stderr and exit code 2, no traceback.
+    """Runs `main`; a mistake of the user becomes one line on stderr and exit code 2, no traceback.
 
-    ValueError and OSError are the user's (a wrong value, a missing file, a full disk); anything else is a
-    fault of ours and keeps its traceback. MINIMIND_DEBUG=1 shows the traceback in every case.
+    ValueError, OSError and running out of memory are the user's (a wrong value, a missing file, a full disk);
+    anything else is a fault of ours and keeps its traceback. MINIMIND_DEBUG=1 shows the traceback in every case.
     """
     try:
         sys.exit(main())
@@ -23,10 +24,16 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MINIMIND_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = (
+            isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
+        )
+        if os.environ.get("MINIMIND_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        text = one_line(error)
+        if out_of_memory:
+            text = f"out of memory ({text[:120]}); use a smaller --batch_size or --max_seq_len, or --grad_checkpoint"
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -60,3 +67,123 @@ positive_int = number(int, 1)
 non_negative_int = number(int, 0)
 positive_float = number(float, 0, above=True)
 non_negative_float = number(float, 0)
+
+
+def overrides(pairs: list[str]) -> dict:
+    """`["dim=384", "use_moe=True"]` as a dict; ValueError says which pair is wrong."""
+    values = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            sign = ""
+        if not sign:
+            raise ValueError(f"--override {pair}: write name=value with a number, True or False")
+    return values
+
+
+def add_place_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that runs a model: where and in which number format."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="number format of the products; auto: bfloat16 where the hardware computes it (default: auto)",
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=1337, help="of all random numbers (default: 1337)")
+    parser.add_argument(
+        "--tokenizer_dir",
+        default=str(ROOT / "model" / "minimind_tokenizer"),
+        help="folder with tokenizer.json (default: model/minimind_tokenizer)",
+    )
+    parser.add_argument("--out_dir", default=str(ROOT / "out"), help="folder of the weights (default: out)")
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    data: str,
+    wandb_project: str,
+) -> None:
+    """Flags of every training stage; v1's names where v1 had them. `data`: the file under dataset/ read by default."""
+    add_place_flags(parser)
+    add = parser.add_argument
+    stem = data.removesuffix(".csv").removesuffix("_data")
+    add("--data_path", default=str(ROOT / "dataset" / data), help=f"training data (default: dataset/{data})")
+    add(
+        "--val_path",
+        help="held-out data; '' for none (default: dataset/%s_val.csv if it is there)" % stem,
+    )
+    parser.set_defaults(default_val_path=str(ROOT / "dataset" / f"{stem}_val.csv"))
+    add(
+        "--val_interval",
+        type=non_negative_int,
+        default=0,
+        help="steps between held-out measurements; 0: at the end only (default: 0)",
+    )
+    add("--epochs", type=positive_int, default=epochs, help=f"passes over the data (default: {epochs})")
+    add(
+        "--max_steps",
+        type=non_negative_int,
+        default=0,
+        help="stop after this many optimizer steps; 0: after the epochs (default: 0)",
+    )
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        help=f"rows of a micro-batch on one device (default: {batch_size})",
+    )
+    add("--accumulation_steps", type=positive_int, default=1, help="micro-batches of one optimizer step (default: 1)")
+    add("--max_seq_len", type=number(int, 8), default=512, help="tokens of a row (default: 512)")
+    add(
+        "--learning_rate",
+        type=positive_float,
+        default=learning_rate,
+        help=f"peak, after warm-up (default: {learning_rate:g})",
+    )
+    add(
+        "--warmup_steps",
+        "--warmup_iters",
+        type=non_negative_int,
+        help="optimizer steps of linear warm-up (default: 3%% of all steps)",
+    )
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon: for the matrices, adamw for the rest (default: adamw)",
+    )
+    add("--weight_decay", type=non_negative_float, default=0.1, help="of matrices (default: 0.1)")
+    add(
+        "--grad_clip",
+        type=non_negative_float,
+        default=1.0,
+        help="largest norm of the gradient; 0: no clipping (default: 1.0)",
+    )
+    add("--grad_checkpoint", action="store_true", help="less memory for activations, about a third more time")
+    add("--compile", action="store_true", help="torch.compile the model; needs a C++ compiler on CPU")
+    add("--num_workers", type=positive_int, help="cores that tokenize the data at the first run (default: all)")
+    add("--log_interval", type=positive_int, default=100, help="optimizer steps between log lines (default: 100)")
+    add(
+        "--save_interval",
+        type=positive_int,
+        default=1000,
+        help="optimizer steps between saves; the end is always saved (default: 1000)",
+    )
+    add("--resume", action="store_true", help="continue an interrupted run from its last save")
+    add("--use_wandb", action="store_true", help="log to Weights & Biases too; WANDB_MODE=offline works")
+    add("--wandb_project", default=wandb_project, help=f"(default: {wandb_project})")
+    add("--wandb_run_name", help="(default: file name, batch size and learning rate)")
+
+
+def resolve_val_path(args: argparse.Namespace) -> str | None:
+    """The held-out file to use: the one given, else the stage's default if it exists."""
+    if args.val_path is None:
+        return args.default_val_path if os.path.exists(args.default_val_path) else None
+    return args.val_path or None

@@ -1,0 +1,370 @@
+"""Weights on disk: atomic writing, strict loading, resuming.
+
+Beside `out/pretrain_512.pth` (a plain float32 state dict with v1's keys) stand `pretrain_512.json` (what the
+weights are: configuration, tokenizer, arguments, losses, sha256) and, while a run can be continued,
+`pretrain_512_resume.pth`. Everything is written to a temporary file and renamed, so a process killed at any
+instant leaves the old file or the new one.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from model.LMConfig import SIZES, LMConfig
+from model.model import Transformer
+from model.tokenizer import Tokenizer
+
+V1_HEADS = 16  # query heads of every released v1 model; the shapes of a state dict do not tell
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """A file to write to that becomes `path` at the end of the block, whole, or not at all.
+
+    Raises: OSError naming `path` when the disk is full or the folder cannot be written; `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; the file is as it was before", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """Deletes temporary files that killed runs of this name left in the folder."""
+    for path in folder.glob(f".{stem}*.tmp"):
+        pid = path.name.rsplit(".", 2)[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
+def write_tensors(value: Any, file: IO[bytes]) -> None:
+    """torch.save, with the OSError of a full disk, which torch turns into something else."""
+    keeper = _ErrorKeeper(file)
+    try:
+        torch.save(value, keeper)
+    except RuntimeError:
+        if keeper.error:
+            raise keeper.error from None
+        raise
+
+
+class _ErrorKeeper(io.RawIOBase):
+    """Passes writes on and remembers the error of one that failed."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.error = file, None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
+    """torch.load of tensors and plain values only: a pickle that would run code is refused.
+
+    Raises: ValueError naming the file when it is damaged or not of this kind.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, which could run code; it was not loaded"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        if "out of memory" in str(error) or "can't allocate" in str(error):
+            raise
+        raise ValueError(f"{path} is damaged or not a PyTorch file; copy or train it again") from None
+
+
+def tensor_key(name: str) -> str:
+    """v1's name of a weight: compiled and DDP-wrapped models add prefixes."""
+    for prefix in ("_orig_mod.", "module."):
+        name = name.replace(prefix, "")
+    return name
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a .pth of ours or of v1 by v1's names, float32; without the masks that old files hold."""
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a state dict; give a .pth that a training script wrote")
+    state = {tensor_key(name): value.float() for name, value in state.items()}
+    return {name: value for name, value in state.items() if "mask" not in name and name != "pos_cis"}
+
+
+def config_from_shapes(path: Path, state: dict[str, torch.Tensor], n_heads: int = V1_HEADS) -> LMConfig:
+    """The configuration that fits the weights of a file without a .json; n_heads cannot be seen in shapes."""
+    try:
+        vocab_size, dim = state["tok_embeddings.weight"].shape
+        n_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        kv_dim = state["layers.0.attention.wk.weight"].shape[0]
+        ffn = "layers.0.feed_forward."
+        experts = [name for name in state if name.startswith(ffn + "experts.") and name.endswith("w1.weight")]
+        hidden_dim = state[experts[0] if experts else ffn + "w1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a MiniMind model: {error} is missing") from None
+    if dim % n_heads or kv_dim % (dim // n_heads):
+        raise ValueError(f"{path}: {n_heads} query heads do not divide width {dim}; give --n_heads")
+    values = dict(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=kv_dim // (dim // n_heads),
+        vocab_size=vocab_size,
+        hidden_dim=hidden_dim,
+    )
+    if experts:
+        shared = state.get(ffn + "shared_experts.w1.weight")
+        values |= dict(
+            use_moe=True,
+            n_routed_experts=len(experts),
+            n_shared_experts=0 if shared is None else shared.shape[0] // hidden_dim,
+        )
+    return LMConfig(**values)
+
+
+def read_meta(path: Path) -> dict | None:
+    """The .json beside a .pth, checked against its sha256; None for a file without one, such as v1's.
+
+    The .json is written first and remembers what it replaced: a process killed between the two renames leaves
+    new metadata beside old weights, and the old weights' own metadata is inside.
+    """
+    try:
+        with open(path.with_suffix(".json"), encoding="utf-8") as file:
+            meta = json.load(file)
+        known = {meta["sha256"]: meta}
+        if meta.get("previous"):
+            known[meta["previous"]["sha256"]] = meta["previous"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path.with_suffix('.json')} is damaged; remove it to load the weights without it") from None
+    found = known.get(file_sha256(path))
+    if found is None:
+        raise ValueError(
+            f"{path} is not the file that {path.with_suffix('.json').name} describes (sha256 differs): it was "
+            "truncated or changed; copy or train it again, or remove the .json to load it all the same"
+        )
+    return found
+
+
+def load_model(
+    path: Path | str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    n_heads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Transformer, dict]:
+    """The model of a .pth in float32 and eval mode, and its metadata ({} for a v1 file).
+
+    Raises: ValueError when the file is damaged, was changed since it was written, fits no configuration, or
+    belongs to another tokenizer; FileNotFoundError.
+    """
+    path = Path(path)
+    state = read_state_dict(path)
+    meta = read_meta(path)
+    if meta:
+        config = LMConfig.from_dict(meta["config"])
+    else:
+        config = config_from_shapes(path, state, n_heads or V1_HEADS)
+    if tokenizer is not None:
+        check_tokenizer(path, config, meta, tokenizer)
+    with torch.device("meta"):
+        model = Transformer(config)
+    check_shapes(path, state, model)
+    model.load_state_dict(state, assign=True)
+    model.output.weight = model.tok_embeddings.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.to(device).eval(), meta or {}
+
+
+def check_tokenizer(path: Path, config: LMConfig, meta: dict | None, tokenizer: Tokenizer) -> None:
+    if config.vocab_size == 32000 and tokenizer.vocab_size != 32000:
+        raise ValueError(
+            f"{path} has 32000 tokens: MiniMind before 2024-09-17, with a tokenizer of that time; not usable"
+        )
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{path} has {config.vocab_size} tokens, the tokenizer in {tokenizer.directory} {tokenizer.vocab_size}; "
+            "give the --tokenizer_dir the model was trained with"
+        )
+    if meta and meta["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}) than the one in "
+            f"{tokenizer.directory} ({tokenizer.fingerprint[:12]}); give its --tokenizer_dir"
+        )
+
+
+def check_shapes(path: Path, state: dict[str, torch.Tensor], model: Transformer) -> None:
+    """Raises ValueError unless names and shapes are those of the model; says the first that differs."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(wanted.keys() | state.keys()):
+        have = tuple(state[name].shape) if name in state else "missing"
+        if have != wanted.get(name):
+            raise ValueError(f"{path}: {name} is {have}, the model's is {wanted.get(name, 'not there')}; another size?")
+
+
+def weights_path(out_dir: Path | str, stage: str, config: LMConfig) -> Path:
+    """out/{stage}_{dim}[_moe].pth"""
+    return Path(out_dir) / f"{stage}_{config.name_suffix}.pth"
+
+
+def find_weights(name_or_path: str, out_dir: Path | str, size: str) -> Path:
+    """The file meant by a path, by a stage's name with the size, or by a file name in out_dir.
+
+    Raises: ValueError that lists the weights there are.
+    """
+    out_dir = Path(out_dir)
+    candidates = [
+        Path(name_or_path),
+        weights_path(out_dir, name_or_path, LMConfig.from_size(size)),
+        out_dir / f"{name_or_path.removesuffix('.pth')}.pth",
+    ]
+    for path in candidates:
+        if path.is_file():
+            return path
+    there = sorted(path.name for path in out_dir.glob("*.pth") if not path.stem.endswith("_resume"))
+    sizes = ", ".join(f"{name} {LMConfig.from_size(name).name_suffix}" for name in SIZES)
+    hint = (
+        f"; in {out_dir} there are: {', '.join(there)} (sizes: {sizes})"
+        if there
+        else "; train them: 1-pretrain.py, then 3-full_sft.py"
+    )
+    raise ValueError(f"no weights {name_or_path!r} of size {size}: {candidates[1]} does not exist{hint}")
+
+
+class Checkpoint:
+    """Writes and resumes the files of one training run: weights, metadata, resume file."""
+
+    def __init__(self, run, stage: str, model: Transformer, optimizer, tokenizer: Tokenizer, plan, args):
+        self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
+        self.path = weights_path(args.out_dir, stage, model.config)
+        self.resume_path = self.path.with_name(f"{self.path.stem}_resume.pth")
+        self.log_path = self.path.with_suffix(".jsonl")
+        self.about = {
+            "stage": stage,
+            "config": model.config.to_dict(),
+            "tokenizer": tokenizer.fingerprint,
+            "args": vars(args),
+            "data": plan.data.stats,
+            "versions": versions(),
+        }
+        # what must be the same for a resumed run to end where an uninterrupted one does
+        self.identity = plan.identity() | {
+            "tokenizer": tokenizer.fingerprint,
+            "optimizer": args.optimizer,
+            "dtype": str(run.dtype),
+        }
+        self.saved_step: int | None = None
+
+    def start(self, resume: bool) -> int:
+        """The step to start from: 0, or with `resume` the one the resume file was written after, loaded.
+
+        Raises: ValueError when the resume file belongs to another run: other data, batch, seed, or model.
+        """
+        if resume and self.resume_path.exists():
+            saved = load_tensors(self.resume_path)
+            for name, now in self.identity.items():
+                if saved["identity"].get(name) != now:
+                    raise ValueError(
+                        f"cannot resume {self.resume_path}: {name} was {saved['identity'].get(name)}, now it is {now}; "
+                        "give what it was, or start anew without --resume"
+                    )
+            check_shapes(self.resume_path, saved["model"], self.model)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.run.scaler.load_state_dict(saved["scaler"])
+            self.run.set_rng_state(saved["rng"])
+            self.saved_step = saved["step"]
+            self.run.print(f"resuming {self.resume_path} after step {self.saved_step} of {self.plan.total_steps}")
+            return self.saved_step
+        if resume:
+            self.run.print(f"nothing to resume: {self.resume_path} does not exist; starting at step 0")
+        elif self.path.exists():
+            self.run.print(f"{self.path} will be replaced at the first save")
+        return 0
+
+    def save(self, step: int, figures: dict) -> None:
+        """Writes all files after `step` steps; `figures` (losses) go into the metadata. Does nothing if done before.
+
+        The resume file holds the weights too: it is whole by itself, wherever a kill leaves the other two.
+        """
+        if step == self.saved_step:
+            return
+        if self.run.is_main:
+            state = {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
+            state["output.weight"] = state["tok_embeddings.weight"]
+            remove_leftovers(self.path.parent, self.path.stem)
+            with atomic_write(self.resume_path) as file:
+                write_tensors(
+                    {
+                        "model": state,
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.run.scaler.state_dict(),
+                        "rng": self.run.rng_state(),
+                        "step": step,
+                        "identity": self.identity,
+                    },
+                    file,
+                )
+            progress = {"step": step, "total_steps": self.plan.total_steps, "finished": step >= self.plan.total_steps}
+            save_weights(self.path, state, self.about | progress | figures)
+        self.run.barrier()
+        self.saved_step = step
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor], meta: dict) -> None:
+    """Writes a state dict and its metadata; see read_meta for what a kill between the two leaves."""
+    with atomic_write(path) as file:
+        write_tensors(state, file)
+        file.flush()
+        try:
+            old = read_meta(path) if path.exists() else None
+        except ValueError:  # the old file is damaged, and about to go
+            old = None
+        previous = {key: value for key, value in old.items() if key != "previous"} if old else None
+        meta = meta | {"sha256": file_sha256(Path(file.name)), "previous": previous}
+        with atomic_write(path.with_suffix(".json"), "w") as meta_file:
+            json.dump(meta, meta_file, ensure_ascii=False, indent=1)
+
+
+def versions() -> dict[str, str]:
+    """What the figures of a run depend on besides its arguments."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "machine": platform.machine()}

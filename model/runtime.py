@@ -1,0 +1,299 @@
+"""Where a run happens: device, number format, processes, signals. The only file that imports torch.distributed."""
+
+import contextlib
+import ctypes
+import datetime
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.dataset import IGNORE
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; auto takes cuda, then mps, then cpu.
+
+    Raises: ValueError when the named device is not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this machine or this torch build has no CUDA; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not available here; use --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format for products, and the reason for it; auto takes bfloat16 where the hardware has it."""
+    if name != "auto":
+        return DTYPES[name], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "the GPU computes it natively"
+        return torch.float16, "the GPU is older than sm80, so float16 with a gradient scaler"
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16, "the CPU computes it natively"
+    return torch.float32, f"no native bfloat16 on this {device.type}"
+
+
+def cpu_has_bfloat16() -> bool:
+    """True where products of bfloat16 are hardware instructions (avx512_bf16 or amx_bf16)."""
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check is not None and check() for check in checks)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next tensor instead of returning it to the system.
+
+    By default a tensor over 32 MB is mapped from the system anew each time, and clearing its pages costs more
+    than most operations on it: a training step of the small model takes about a third less time with this.
+    Does nothing where the C library is not glibc.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product here and now: what MFU is measured against."""
+    n = 4096 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    a = torch.randn(n, n, generator=generator, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was queued, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU on cuda, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Run:
+    """One training run as this process sees it.
+
+    A script asks nothing else of the hardware: .device .dtype .rank .world_size .is_main .backend
+    .stop_requested and the methods below. Under torchrun every process has its own rank and device.
+    """
+
+    def __init__(self, args):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.backend = "ddp" if self.world_size > 1 else "none"
+        self.device = pick_device(args.device)
+        if self.device.type == "cuda":
+            if self.world_size > 1:
+                self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        elif self.device.type == "cpu":
+            keep_freed_memory()
+        self.dtype, reason = pick_dtype(args.dtype, self.device)
+        if self.backend == "ddp":
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
+            )
+        # fp16 has few exponent bits: small gradients vanish unless the loss is scaled up. No other format needs it.
+        needs_scaler = self.device.type == "cuda" and self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(enabled=needs_scaler)
+        random.seed(args.seed)
+        torch.manual_seed(args.seed + self.rank)
+        self.stop_requested: str | None = None  # the name of the signal that asked to save and stop
+        self._listen()
+        dtype_name = str(self.dtype).removeprefix("torch.")
+        self.print(f"device {self.device}, {dtype_name} ({reason}), {self.world_size} process(es), seed {args.seed}")
+
+    def _listen(self) -> None:
+        """The first Ctrl-C or SIGTERM asks the loop to save and stop after its step; a second one stops at once."""
+
+        def on_signal(number, frame):
+            if self.stop_requested:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.stop_requested = signal.Signals(number).name
+            self.print(f"\n{self.stop_requested}: saving after this step; once more to stop without saving")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+
+    def print(self, *values: Any) -> None:
+        """Prints on rank 0 only."""
+        if self.is_main:
+            print(*values, flush=True)
+
+    def main_first(self, build: Callable[[], Any]) -> Any:
+        """Runs `build` on rank 0, then on the others: they find what rank 0 has written."""
+        if self.is_main:
+            built = build()
+        self.barrier()
+        return built if self.is_main else build()
+
+    def place(self, model: nn.Module, args) -> None:
+        """Moves the model to the device, ready to train, as --grad_checkpoint and --compile ask.
+
+        Raises: ValueError when --compile finds no C++ compiler for the CPU.
+        """
+        model.to(self.device).train()
+        model.grad_checkpoint = args.grad_checkpoint
+        if args.compile:
+            if self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+                raise ValueError(
+                    "--compile needs a C++ compiler (g++ or clang++) on the CPU; install one or leave it out"
+                )
+            model.compile()
+
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and optimizer as the launcher needs them; weights are made equal on all ranks."""
+        if self.backend == "ddp":
+            devices = [self.device] if self.device.type == "cuda" else None
+            # an expert may get no token in a step, and then its weights no gradient
+            model = DistributedDataParallel(
+                model, device_ids=devices, find_unused_parameters=model.config.use_moe, gradient_as_bucket_view=True
+            )
+        return model, optimizer
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> nn.Module:
+        """The Transformer inside what `wrap` returned."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Products in self.dtype, the rest in float32; nothing at all for float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sync_grads(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are summed over the ranks in the last micro-batch of a step only."""
+        if self.backend == "ddp" and not last:
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this rank's share of the step's loss. DDP divides by the ranks; undone here."""
+        self.scaler.scale(loss * self.world_size).backward()
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
+        """Clips, updates the weights, clears the gradients; returns the gradient's norm before clipping.
+
+        Weights stay as they were when the norm is not finite. With fp16 that is how the scaler finds its scale,
+        and the norm is returned all the same.
+        """
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf")).item()
+        if self.scaler.is_enabled() or norm - norm == 0:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def check_finite(self, loss: float, grad_norm: float, where: str) -> None:
+        """Raises ValueError, saying where, when the loss or the gradient is no number: the step was not taken.
+
+        With fp16 a gradient that overflows is how the scaler finds its scale; only the loss counts there.
+        """
+        bad = loss - loss != 0 or (grad_norm - grad_norm != 0 and not self.scaler.is_enabled())
+        if bad:
+            raise ValueError(
+                f"loss {loss}, gradient norm {grad_norm} at {where}: stopped, the last save is untouched; "
+                "continue it with --resume and a lower --learning_rate, or look at that data"
+            )
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module, data, batch_size: int) -> dict:
+        """Mean loss in nats a target token and bits a byte of target text, over all rows of `data`, all ranks."""
+        started = time.perf_counter()
+        was_training = model.training
+        model.eval()
+        nats = 0.0
+        for start in range(self.rank * batch_size, data.num_rows, batch_size * self.world_size):
+            batch = data.rows(0, start, start + batch_size).to(self.device)
+            keep = batch.labels != IGNORE
+            with self.autocast():
+                logits, _ = self.unwrap(model)(batch.input_ids, documents=batch.documents, select=keep)
+            nats += F.cross_entropy(logits.float(), batch.labels[keep], reduction="sum").item()
+        model.train(was_training)
+        nats = self.sum(nats)
+        return {
+            "loss": nats / data.num_tokens,
+            "bits_per_byte": nats / math.log(2) / data.num_bytes,
+            "tokens": data.num_tokens,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def sum(self, value: Tensor | float) -> float:
+        """The sum of a number over all ranks."""
+        if self.backend == "none":
+            return float(value)
+        total = torch.as_tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def should_stop(self) -> bool:
+        """True on all ranks as soon as one was asked to stop."""
+        return self.sum(self.stop_requested is not None) > 0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or as the shell counts it, 128 + the number of the signal that stopped the run."""
+        return 128 + signal.Signals[self.stop_requested] if self.stop_requested else 0
+
+    def barrier(self) -> None:
+        if self.backend != "none":
+            dist.barrier()
+
+    def close(self) -> None:
+        """Ends the process group."""
+        if self.backend != "none":
+            dist.destroy_process_group()
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """The states of torch's random generators on this rank (dropout draws from them)."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
