@@ -106,11 +106,13 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True  # means: "<s>" in a text is encoded as plain characters
 
-        self._bytes = [b""] * self.vocab_size
         characters = _byte_characters()
+        self._bytes, self._bytes_and_names = [b""] * len(vocab), [b""] * len(vocab)
         for token, i in vocab.items():
-            if token not in special:
-                self._bytes[i] = bytes(characters[c] for c in token)
+            if token in special:
+                self._bytes_and_names[i] = token.encode()
+            else:
+                self._bytes[i] = self._bytes_and_names[i] = bytes(characters[c] for c in token)
         self._user_start = [self.bos_id]
         self._line_end = self.encode("\n")
         self._assistant_start = [self.bos_id, *self.encode("assistant\n")]
@@ -143,8 +145,8 @@ class Tokenizer:
         Special tokens are left out, or written by name if not `skip_special`; ids outside the vocabulary are
         left out.
         """
-        ids = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._backend.decode(ids, skip_special_tokens=skip_special)
+        table = self._bytes if skip_special else self._bytes_and_names
+        return b"".join(table[i] for i in map(int, ids) if 0 <= i < len(table)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the UTF-8 bytes of one token, perhaps a part of a character; b"" for a special token."""
@@ -250,8 +252,9 @@ def _read(tokenizer_json: str) -> tuple[dict[str, int], dict[str, int], str]:
         if special.get(token) != i:
             found = f"id {special[token]}" if token in special else "not a special token of it"
             raise ValueError(f"{token} must be the special token with id {i}, but is {found}")
-    splitter = data.get("pre_tokenizer") or {}
-    byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    splitter = data.get("pre_tokenizer")
+    splitter = {"use_regex": True} | splitter if isinstance(splitter, dict) else {}  # as the library reads it
+    byte_level = splitter.get("type") == "ByteLevel" and splitter["use_regex"]
     if model.get("type", "BPE") != "BPE" or not byte_level or splitter.get("add_prefix_space", True):
         raise ValueError("it is not a byte-level BPE that adds no space before a text")
     others = ["normalizer"] if data.get("normalizer") else []
