@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 from model.checkpoint import Checkpoint, load_model
 from model.cli import add_training_flags, overrides, resolve_val_path, run_main
-from model.dataset import IGNORE, Plan, PretrainData
+from model.dataset import IGNORE, PretrainData
 from model.LMConfig import SIZES, LMConfig
 from model.log import Log
 from model.model import Transformer
 from model.optim import cosine_lr, make_optimizer, set_lr
-from model.runtime import Run
+from model.runtime import Plan, Run
 from model.tokenizer import load_tokenizer
 
 

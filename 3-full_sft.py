@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from model.checkpoint import Checkpoint, find_weights, load_model
 from model.cli import add_training_flags, resolve_val_path, run_main
-from model.dataset import IGNORE, Plan, SFTData
+from model.dataset import IGNORE, SFTData
 from model.LMConfig import SIZES
 from model.log import Log
 from model.optim import cosine_lr, make_optimizer, set_lr
-from model.runtime import Run
+from model.runtime import Plan, Run
 from model.tokenizer import load_tokenizer
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.dataset import IGNORE
+from model.dataset import IGNORE, Batch, PretrainData, SFTData
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -297,3 +297,58 @@ class Run:
         torch.set_rng_state(state["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+
+
+class Plan:
+    """Which rows every optimizer step takes, and which of them this rank computes in which micro-batch.
+
+    A step takes the next rows_per_step rows of the epoch's order. They depend on nothing else, so the same
+    rows make a step however they are split over micro-batches and ranks.
+    """
+
+    def __init__(self, data: PretrainData | SFTData, args, run: Run):
+        self.data, self.device = data, run.device
+        self.batch_size, self.accumulation_steps = args.batch_size, args.accumulation_steps
+        self.rank, self.world_size = run.rank, run.world_size
+        self.rows_per_step = args.batch_size * args.accumulation_steps * run.world_size
+        self.steps_per_epoch = -(-data.num_rows // self.rows_per_step)
+        self.total_steps = args.epochs * self.steps_per_epoch
+        if args.max_steps:
+            self.total_steps = min(self.total_steps, args.max_steps)
+        default_warmup = round(0.03 * self.total_steps)
+        self.warmup_steps = default_warmup if args.warmup_steps is None else args.warmup_steps
+        run.print(
+            f"{data.num_rows:,} rows of {args.max_seq_len}, {data.num_tokens:,} target tokens an epoch; "
+            f"{self.rows_per_step} rows a step, {self.total_steps} steps, {self.warmup_steps} of them warm-up"
+        )
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step`, counted from 0, on the device."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.rows_per_step
+        batches = []
+        for index in range(self.accumulation_steps):
+            together = first + index * self.batch_size * self.world_size  # first row of all ranks' batches
+            if together < self.data.num_rows:  # the last step of an epoch may be short
+                start = together + self.rank * self.batch_size
+                batches.append(self.data.rows(epoch, start, start + self.batch_size).to(self.device))
+        return batches
+
+    def position(self, step: int) -> str:
+        """Where in the data a step is, for people."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.rows_per_step
+        return f"epoch {epoch + 1}, rows {first} to {first + self.rows_per_step - 1} of its order"
+
+    def due(self, step: int, interval: int) -> bool:
+        """True after every `interval` steps (0: never) and after the last."""
+        return step + 1 == self.total_steps or (interval > 0 and (step + 1) % interval == 0)
+
+    def identity(self) -> dict:
+        """What decides which tokens a step sees; equal for a run and its continuation."""
+        return {
+            "data": self.data.fingerprint,
+            "seed": self.data.seed,
+            "max_seq_len": self.data.max_seq_len,
+            "rows_per_step": self.rows_per_step,
+        }

@@ -150,7 +150,7 @@ def test_held_out_bits_per_byte_are_the_loss_over_the_bytes(data_dir, tmp_path):
     tokenizer = load_tokenizer()
     model, meta = load_model(tmp_path / "pretrain_32.pth", tokenizer=tokenizer)
     texts = (data_dir / "pretrain_val.csv").read_text(encoding="utf-8").splitlines()[1:]
-    assert meta["val"]["tokens"] == sum(len(tokenizer.encode_document(text)) for text in texts) - 1
+    assert meta["val"]["tokens"] == sum(len(tokenizer.encode(text)) + 1 for text in texts)  # and </s>
     num_bytes = sum(len(text.encode()) for text in texts)
     nats = meta["val"]["loss"] * meta["val"]["tokens"]
     assert meta["val"]["bits_per_byte"] == pytest.approx(nats / 0.6931472 / num_bytes, rel=1e-4)
