@@ -14,6 +14,7 @@ scripts read. Next: train_tokenizer.py, or 1-pretrain.py with the tokenizer that
 
 import argparse
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -35,11 +36,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from model.checkpoint import atomic_write
 from model.cli import ROOT, non_negative_int, number, positive_int, run_main
 from model.dataset import FORMATS, MAX_RECORD_BYTES, read_records, to_messages, to_pair, to_text
 from model.tokenizer import load_tokenizer
 
-COLUMNS = {"pretrain": ["text"], "sft": ["history", "q", "a", "system"]}  # headers of the CSV files
 BATCH_BYTES = 1 << 20
 BATCH_RECORDS = 1000
 SAMPLE_RECORDS = 2000  # tokens are counted on about this many records
@@ -51,37 +52,28 @@ GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Output:
-    """A data file written whole: rows go to a temporary file beside it, which `commit` renames."""
+    """A .csv, .jsonl or .json file that appears, whole, when `stack` closes without an error, if it has rows."""
 
-    def __init__(self, path: Path, header: bytes = b"") -> None:
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.num_rows = 0
-        self.is_list = path.suffix == ".json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.temporary.open("wb")
-        self.file.write(b"[" if self.is_list else header)
+        self.stack = stack
 
-    def write(self, row: bytes) -> None:
-        """Adds one row made by encode_row."""
-        if self.is_list:
-            self.file.write(b",\n" if self.num_rows else b"\n")
+    def write(self, row: bytes, header: bytes) -> None:
+        """Adds one row made by encode_row; `header` goes before the first."""
+        if not self.num_rows:
+            self.file = self.stack.enter_context(atomic_write(self.path))
+            self.is_list = self.path.suffix == ".json"
+            self.file.write(b"[\n" if self.is_list else header)
+        elif self.is_list:
+            self.file.write(b",\n")
         self.file.write(row)
         self.num_rows += 1
 
-    def commit(self) -> None:
-        """Makes the file appear under its name, replacing an old one."""
-        if self.is_list:
+    def finish(self) -> None:
+        """Ends the list of a .json file."""
+        if self.num_rows and self.is_list:
             self.file.write(b"\n]\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.temporary, self.path)
-
-    def discard(self) -> None:
-        """Removes the temporary file; changes nothing after commit."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 def csv_line(values: list[str]) -> bytes:
@@ -89,6 +81,11 @@ def csv_line(values: list[str]) -> bytes:
     line = io.StringIO()
     csv.writer(line).writerow(values)
     return line.getvalue().encode("utf-8")
+
+
+def csv_header(record: dict, suffix: str) -> bytes:
+    """The line that goes before records like this one."""
+    return csv_line(list(record)) if suffix == ".csv" else b""
 
 
 def encode_row(record: dict, suffix: str) -> bytes:
@@ -126,24 +123,17 @@ def demo(args: argparse.Namespace) -> None:
     paths = {name: Path(args.output) / name for name in DEMO_FILES}
     refuse_existing(list(paths.values()), args.overwrite)
     command = [sys.executable, str(ROOT / "scripts/demo_data.py"), f"--max_sft={args.max_sft}", f"--seed={args.seed}"]
-    outputs: dict[str, Output] = {}
-    try:
-        for name in DEMO_FILES:
-            outputs[name] = Output(paths[name])
+    with contextlib.ExitStack() as stack:
+        outputs = {name: Output(path, stack) for name, path in paths.items()}
         with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as generator:
             for line in tqdm(generator.stdout, desc="demo data", unit=" records", mininterval=0.5):
                 item = json.loads(line)
                 output, record = outputs[item["file"]], item["record"]
-                if output.path.suffix == ".csv" and not output.num_rows:
-                    output.file.write(csv_line(list(record)))
-                output.write(encode_row(record, output.path.suffix))
+                output.write(encode_row(record, output.path.suffix), csv_header(record, output.path.suffix))
         if generator.returncode:
             raise SystemExit(generator.returncode)  # it has said why
         for output in outputs.values():
-            output.commit()
-    finally:
-        for output in outputs.values():
-            output.discard()
+            output.finish()
     for name, use in DEMO_FILES.items():
         print(f"{outputs[name].num_rows:>8,} rows {paths[name].stat().st_size / 1e6:6.1f} MB  {paths[name]}  {use}")
 
@@ -182,17 +172,25 @@ def kind_of(path: Path) -> str:
 
 
 def read_batches(path: Path) -> Iterator[Batch]:
-    """A file in batches of about a megabyte, the number of its bytes they took, and what was wrong with it."""
-    with path.open("rb") as raw, (gzip.open(raw) if path.suffix == ".gz" else raw) as file:
-        try:
-            start = file.read(100).removeprefix(BOM).lstrip()
-            file.seek(0)
-        except GZIP_ERRORS:
-            start = b""
-        if kind_of(path) == ".txt" or (kind_of(path) == ".jsonl" and not start.startswith(b"[")):
-            yield from read_line_batches(path, file, raw)
-            return
-    yield from read_record_batches(path)
+    """A file in batches of about a megabyte. Raises ValueError if it cannot be read."""
+    try:
+        with path.open("rb") as raw, (gzip.open(raw) if path.suffix == ".gz" else raw) as file:
+            if kind_of(path) == ".txt" or (kind_of(path) == ".jsonl" and not holds_array(file)):
+                yield from read_line_batches(path, file, raw)
+                return
+        yield from read_record_batches(path)
+    except OSError as error:  # as an OSError it would be taken for one of the output
+        raise ValueError(f"--input {path}: {error.strerror}") from None
+
+
+def holds_array(file: BinaryIO) -> bool:
+    """Whether a JSON file is one array instead of an object a line."""
+    try:
+        start = file.read(100).removeprefix(BOM).lstrip()
+        file.seek(0)
+    except GZIP_ERRORS:
+        return False
+    return start.startswith(b"[")
 
 
 def read_line_batches(path: Path, file: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
@@ -323,8 +321,9 @@ def make_dpo(record: dict, args: argparse.Namespace) -> Made:
 
 
 class Result(NamedTuple):
-    """What is left of a batch. The first four go by kept record."""
+    """What is left of a batch. `rows`, `hashes`, `held_out` and `lengths` go by kept record."""
 
+    header: bytes  # of a CSV file with such rows
     rows: list[bytes]
     hashes: np.ndarray  # uint64
     held_out: list[bool]
@@ -336,7 +335,8 @@ class Result(NamedTuple):
 
 def process_batch(args: argparse.Namespace, batch: Batch) -> Result:
     """Parses, filters and encodes a batch; runs in a worker process."""
-    result = Result([], None, [], [], Counter(), list(batch.bad), [])
+    header = b""
+    result = Result(b"", [], None, [], [], Counter(), list(batch.bad), [])
     hashes, texts = [], []
     seed = str(args.seed).encode()
     for line, record in batch_records(batch, result.bad):
@@ -348,6 +348,7 @@ def process_batch(args: argparse.Namespace, batch: Batch) -> Result:
         except ValueError as error:
             result.bad.append((line, str(error)))
         else:
+            header = header or csv_header(made.record, args.suffix)
             result.rows.append(row)
             result.held_out.append(hash64(made.prompt.encode(), seed) < args.val_share * 2**64)
             result.lengths.append(len(made.text))
@@ -355,7 +356,7 @@ def process_batch(args: argparse.Namespace, batch: Batch) -> Result:
             texts.append(made.text)
     result.bad.sort()
     sample = sorted(zip(hashes, texts, strict=True))[: SAMPLE_RECORDS // 10]
-    return result._replace(hashes=np.array(hashes, dtype=np.uint64), sample=sample)
+    return result._replace(header=header, hashes=np.array(hashes, dtype=np.uint64), sample=sample)
 
 
 def hash64(data: bytes, key: bytes = b"") -> int:
@@ -455,10 +456,9 @@ def process(args: argparse.Namespace) -> None:
     files = input_files(args.input)
     if {path.resolve() for path in files} & {output.resolve(), val_path.resolve()}:
         raise ValueError(f"--output {output} is one of the input files: give another name")
-    header = csv_line(COLUMNS[args.command]) if output.suffix == ".csv" else b""
-    totals, seen, outputs = Totals(), SeenHashes(), []
-    try:
-        outputs = [Output(output, header), Output(val_path, header)]
+    totals, seen = Totals(), SeenHashes()
+    with contextlib.ExitStack() as stack:
+        outputs = [Output(output, stack), Output(val_path, stack)]
         with tqdm(total=sum(p.stat().st_size for p in files), unit="B", unit_scale=True, mininterval=0.5) as bar:
             for batch, result in results(files, args):
                 report(batch.path, result.bad, totals, args.strict)
@@ -469,11 +469,7 @@ def process(args: argparse.Namespace) -> None:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.dropped.most_common(3))
             raise ValueError(f"nothing usable in the input ({reasons or 'no records at all'})")
         for out in outputs:
-            if out.num_rows:
-                out.commit()
-    finally:
-        for out in outputs:
-            out.discard()
+            out.finish()
     print(totals.table(outputs, args.tokenizer_dir))
 
 
@@ -495,7 +491,7 @@ def add(result: Result, seen: SeenHashes, totals: Totals, outputs: list[Output])
     is_new = seen.add(result.hashes)
     for row, new, held_out, length in zip(result.rows, is_new, result.held_out, result.lengths, strict=True):
         if new:
-            outputs[held_out].write(row)
+            outputs[held_out].write(row, result.header)
             totals.held_out += held_out
             totals.lengths[length] += 1
     totals.kept += int(is_new.sum())
@@ -518,7 +514,7 @@ def add_process_command(
     sub.add_argument("--val_share", type=number(float, 0, 0.5), default=0.0,
                      help="share of records held out by a hash of the text or question: into pretrain_val.csv for "
                           "pretrain_data.csv, dpo/val_data.json for dpo/train_data.json, X_val.csv for X.csv")
-    sub.add_argument("--seed", type=int, default=1337, help="of the choice of held-out records")
+    sub.add_argument("--seed", type=int, default=1337, help="of the choice of held-out records (default: 1337)")
     sub.add_argument("--strict", action="store_true", help="stop at the first broken record and write nothing")
     sub.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes (default: all cores)")
     sub.add_argument("--tokenizer_dir", help="for the token count (default: model/minimind_tokenizer)")
@@ -537,30 +533,34 @@ def main(argv: list[str] | None = None) -> None:
     )
     sub.add_argument("--output", default=ROOT / "dataset", help="folder (default: dataset/ of this repository)")
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
-    sub.add_argument("--max_sft", type=number(int, 500), default=5000, help="about how many instruction conversations")
-    sub.add_argument("--seed", type=int, default=1337, help="of the choice of facts and wordings")
+    sub.add_argument("--max_sft", type=number(int, 500), default=5000,
+                     help="about how many instruction conversations (default: 5000)")
+    sub.add_argument("--seed", type=int, default=1337, help="of the choice of facts and wordings (default: 1337)")
     sub.set_defaults(run=demo)
 
+    def length(name: str, kind: Callable, default: int, what: str) -> None:
+        sub.add_argument(name, type=kind, default=default, help=f"characters of {what} (default: {default})")
+
+    chinese = "larger share of Chinese characters than this; 0 keeps all languages (default: %(default)s)"
     sub = add_process_command(commands, "pretrain", make_pretrain, "dataset/pretrain_data.csv", (".csv", ".jsonl"),
                               "pretraining or tokenizer text")
-    sub.add_argument("--min_length", type=non_negative_int, default=1, help="characters of a text")
-    sub.add_argument("--max_length", type=positive_int, default=512, help="characters of a text")
-    sub.add_argument("--min_chinese", type=number(float, 0, 1), default=0.0,
-                     help="keep texts with a larger share of Chinese characters than this; 0 keeps all")
+    length("--min_length", non_negative_int, 1, "a text")
+    length("--max_length", positive_int, 512, "a text")
+    sub.add_argument("--min_chinese", type=number(float, 0, 1), default=0.0, help=f"keep texts with a {chinese}")
 
     sub = add_process_command(commands, "sft", make_sft, "dataset/sft_data.csv", (".csv",), "instructions")
-    sub.add_argument("--turns", choices=("all", "single", "multi"), default="all", help="which conversations to keep")
-    sub.add_argument("--min_question", type=non_negative_int, default=10, help="characters of the last question")
-    sub.add_argument("--max_question", type=positive_int, default=512, help="characters of the last question")
-    sub.add_argument("--min_answer", type=non_negative_int, default=5, help="characters of the last answer")
-    sub.add_argument("--max_answer", type=positive_int, default=512, help="characters of the last answer")
+    sub.add_argument("--turns", choices=("all", "single", "multi"), default="all",
+                     help="which conversations to keep (default: all)")
+    length("--min_question", non_negative_int, 10, "the last question")
+    length("--max_question", positive_int, 512, "the last question")
+    length("--min_answer", non_negative_int, 5, "the last answer")
+    length("--max_answer", positive_int, 512, "the last answer")
     sub.add_argument("--min_chinese", type=number(float, 0, 1), default=0.5,
-                     help="keep records whose last question and answer both have a larger share of Chinese "
-                          "characters than this; 0 keeps all languages")
+                     help=f"keep conversations whose last question and answer both have a {chinese}")
 
     sub = add_process_command(commands, "dpo", make_dpo, "dataset/dpo/train_data.json", (".json", ".jsonl"),
                               "preference pairs")
-    sub.add_argument("--max_length", type=positive_int, default=4096, help="characters of prompt, chosen and rejected")
+    length("--max_length", positive_int, 4096, "prompt, chosen and rejected each")
 
     args = parser.parse_args(argv)
     args.run(args)

@@ -186,6 +186,15 @@ def test_wrong_paths(tmp_path, source, output, message):
     assert (tmp_path / "there.csv").read_text() == "old"
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
+def test_unreadable_input_is_named(tmp_path):
+    good, bad = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}]), tmp_path / "b.jsonl"
+    bad.symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"--input .*b.jsonl: Input/output error"):
+        run("pretrain", [good, bad], tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_input_must_not_be_the_output(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match="one of the input files"):
@@ -198,6 +207,29 @@ def test_command_line_exit_codes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": f"{n}" + "长" * 400} for n in range(200)])
+    (tmp_path / "out.csv").write_text("old")
+    command = f"ulimit -f 100; {sys.executable} {ROOT}/data_process.py pretrain --overwrite --workers 1"
+    command += f" --input {source} --output {tmp_path}/out.csv"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {tmp_path}/out.csv: File too large" in done.stderr
+    assert (tmp_path / "out.csv").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_demo_without_the_packages(tmp_path, monkeypatch, capfd):
+    python = tmp_path / "python"  # that has no site-packages
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(SystemExit) as stopped:
+        data_process.main(["demo", "--output", str(tmp_path / "data")])
+    assert stopped.value.code == 2
+    assert "is missing: pip install --no-deps -r requirements-demo.txt\n" in capfd.readouterr().err
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
 # ---------------------------------------------------------------- filters, duplicates, held-out part
