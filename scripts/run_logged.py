@@ -2,8 +2,9 @@
 
     python scripts/run_logged.py LOG COMMAND [ARGUMENT ...]
 
-A pipe to `tee` would take the terminal away from the command, and its progress bars with it. Here the command writes
-to a pseudo-terminal where there is a terminal, else to a pipe. Of a line that was redrawn the file keeps the last state.
+A pipe to `tee` would take the terminal away from the command, and its progress bars with it. Here the command
+writes to a pseudo-terminal where there is a terminal, else to a pipe. Of a line that was redrawn the file keeps the
+last state.
 The exit code is the command's. Ctrl-C reaches the command, which may still save; this waits until it has ended.
 """
 

@@ -1,5 +1,7 @@
 """The tools in scripts/: quickstart.sh, report.py, plot_log.py, benchmark.py."""
 
+import importlib.util
+import json
 import os
 import pty
 import shutil
@@ -162,7 +164,8 @@ def test_run_logged_gives_the_command_a_terminal(tmp_path):
     code = "import os, sys; print(sys.stderr.isatty(), os.get_terminal_size(2).columns)"
     reader, writer = pty.openpty()
     command = [sys.executable, REPO / "scripts/run_logged.py", log, sys.executable, "-c", code]
-    subprocess.run(["bash", "-c", 'stty cols 77 <&0; exec "$@"', "-", *command], stdin=writer, stdout=writer, check=True)
+    command = ["bash", "-c", 'stty cols 77; exec "$@"', "-", *command]
+    subprocess.run(command, stdin=writer, stdout=writer, check=True)
     os.close(writer)
     assert b"True 77" in os.read(reader, 1000)
     os.close(reader)
@@ -182,3 +185,52 @@ def test_run_logged_waits_for_a_command_that_saves_on_ctrl_c(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=20) == 130
     assert log.read_text() == "ready\nsaved\n"
+
+
+# ---------------------------------------------------------------- plot_log.py
+
+
+def script(name: str):
+    """The module scripts/{name}.py."""
+    spec = importlib.util.spec_from_file_location(name, REPO / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_log(path: Path, num_steps: int, tail: str = "") -> None:
+    records = [{"type": "run", "step": 0}]
+    for step in range(1, num_steps + 1):
+        records += [{"type": "step", "step": step, "loss": 8 / step, "lr": 1e-3, "tokens_per_second": 5000.0}]
+    records += [{"type": "val", "step": num_steps, "loss": 2.5}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+def test_plot_log_draws_runs_by_name_and_path_although_one_is_being_written(tmp_path):
+    main, run, other = script("plot_log").main, tmp_path / "pretrain_256", str(tmp_path / "full_sft_256.jsonl")
+
+    def image(*args: str) -> bytes:
+        main([*args, "--out_dir", str(tmp_path)])
+        return run.with_suffix(".png").read_bytes()
+
+    write_log(tmp_path / "full_sft_256.jsonl", 3)
+    write_log(run.with_suffix(".jsonl"), 50)
+    both = image("pretrain_256", other)
+    assert both.startswith(b"\x89PNG")
+    assert image("pretrain_256") != both
+    write_log(run.with_suffix(".jsonl"), 50, tail='{"type": "step", "step": 51, "lo')
+    assert image("pretrain_256", other) == both
+    write_log(run.with_suffix(".jsonl"), 51)
+    assert image("pretrain_256", other) != both
+
+
+def test_plot_log_says_what_is_wrong(tmp_path):
+    write_log(tmp_path / "pretrain_256.jsonl", 2)
+    (tmp_path / "empty.jsonl").write_text('{"type": "run", "step": 0}\n')
+    for args, message in (
+        (["pretrain_512"], "pretrain_256"),  # which there is
+        (["empty"], "no training steps"),
+        (["pretrain_256", "--output", "a.doc"], ".png"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script("plot_log").main([*args, "--out_dir", str(tmp_path)])
