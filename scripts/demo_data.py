@@ -11,6 +11,7 @@ read, never imported. The same packages, Python version and seed give the same b
 """
 
 import argparse
+import ast
 import csv
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ import pydoc_data.topics
 import random
 import re
 import sys
+import sysconfig
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -184,6 +186,26 @@ def python_help() -> list[str]:
     """The paragraphs of Python's own help, the English prose and code that every Python has."""
     texts = pydoc_data.topics.topics
     return [part.strip("\n") for key in sorted(texts) for part in texts[key].split("\n\n") if part.strip()]
+
+
+def standard_library() -> Iterator[str]:
+    """English and code of ordinary kind: the docstrings of the public standard library, and every tenth source."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+    for number, path in enumerate(modules):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node) or ""
+        if number % 10 == 0:
+            yield source
+
+
+def tokenizer_extra(source: "Sources") -> Iterator[str]:
+    """What the tokenizer reads besides the training data, so that English and code are not cut into letters."""
+    for _ in range(9):
+        yield from ("\n".join(lines) for lines in source.english)
+    yield from pieces(python_help())
+    yield from filter(None, standard_library())
 
 
 def pretrain_documents(source: "Sources") -> Iterator[str]:
@@ -618,6 +640,7 @@ def demo_records(source: Sources, max_sft: int, seed: int) -> Iterator[tuple[str
         yield "sft_data.csv", record
         if not record["history"] and not record["system"]:
             yield "sft_data_single.csv", without_system(record)
+    yield from (("tokenizer_train.jsonl", {"text": text}) for text in tokenizer_extra(source))
     yield from (("sft_val.csv", without_system(record)) for record in made.reworded)
     yield from (("sft_val_new.csv", without_system(record)) for record in made.unseen)
     rng = random.Random(seed + 2)
