@@ -9,17 +9,31 @@ Nothing is tokenized during training: the first use of a file encodes it once, b
 import ast
 import codecs
 import csv
+import fcntl
 import gzip
+import hashlib
 import json
+import mmap
+import os
 import re
 import reprlib
+import shutil
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from model.tokenizer import check_messages
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.tokenizer import ChatTokens, Tokenizer, check_messages
 
 IGNORE = -100  # a label that is not trained
 FORMATS = (".jsonl", ".json", ".csv", ".txt")
@@ -66,7 +80,7 @@ def _blocks(path: Path, packed: bool, bad: Callable, on_bytes: Callable | None) 
     with open(path, "rb") as raw, gzip.open(raw) if packed else raw as file:
         while True:
             try:
-                block = file.read(BLOCK_BYTES)
+                block = file.read1(BLOCK_BYTES)  # gives what precedes a damage
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 bad(0, f"damaged gzip: {error}; the rest of the file is lost")
                 return
@@ -176,16 +190,15 @@ def _json_array(blocks: Iterator[bytes], bad: Callable) -> Iterator[tuple[int, d
 
 
 def _csv_rows(lines: Iterator[tuple[int, str]], bad: Callable) -> Iterator[tuple[int, dict]]:
-    number, ended, header = 0, False, None
+    number, header = 0, None
 
     def feed() -> Iterator[str]:
-        nonlocal number, ended
+        nonlocal number
         for number, line in lines:  # noqa: B007, the number is read below
             yield line
-        ended = True
 
     csv.field_size_limit(MAX_RECORD_BYTES)  # the module's default stops at 131,072 characters
-    reader = csv.reader(feed())
+    reader = csv.reader(feed(), strict=True)  # a quote out of place is a fault; it goes on at the next line
     while True:
         start = number + 1
         try:
@@ -197,9 +210,7 @@ def _csv_rows(lines: Iterator[tuple[int, str]], bad: Callable) -> Iterator[tuple
             continue
         if not row:
             continue
-        if ended:
-            bad(start, "bad CSV: a quote is not closed before the end of the file")
-        elif fault := _utf8_fault("".join(row)):
+        if fault := _utf8_fault("".join(row)):
             bad(start, fault)
         elif header is None:
             header = [cell.strip() for cell in row]
@@ -350,3 +361,543 @@ def _string(value: object, name: str, empty: bool = False) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"half a surrogate pair: in the {name}") from None
     return value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. The token cache: a folder beside the file with the ids of all documents, written once, memory-mapped
+# ---------------------------------------------------------------------------------------------------------
+#
+#     pretrain_data.csv.cache-0123456789abcdef/
+#         tokens.bin    uint16 or uint32: all documents end to end
+#         offsets.bin   int64: document i is tokens[offsets[i] : offsets[i + 1]]
+#         mask.bin      uint8, SFT only: 1 where a token belongs to an answer
+#         meta.json     sizes, counts, what the cache was made of
+#
+# It is built in a temporary folder and renamed, under a lock on the data file itself: a kill leaves a folder
+# that is never opened, and of two processes the second waits and uses what the first has built.
+
+CACHE_VERSION = 1  # raise it when the same file and tokenizer would give other arrays
+CACHES_KEPT = 4  # of one file: for other tokenizers or row lengths, the last used
+BATCH_CHARS = 1 << 18  # what one thread encodes at a time; longer texts are encoded in pieces of this size
+FAULTS_SHOWN = 5
+
+
+class _Encoded(NamedTuple):
+    """Some documents as arrays."""
+
+    tokens: np.ndarray
+    ends: np.ndarray  # where in `tokens` each document ends
+    mask: np.ndarray  # as long as tokens; empty for pretraining
+    num_bytes: int  # UTF-8 bytes of the text to learn
+    counts: dict[str, int]  # for .stats
+
+
+class _Documents:
+    """Pretraining: a record becomes <s>text</s>."""
+
+    name = "pretrain"
+    max_seq_len = 0  # the arrays do not depend on it
+    arrays = {"tokens": "uint16", "offsets": "int64"}
+    needs = 'a CSV with the header text, or {"text": ...} a line'
+
+    def items(self, record: dict) -> Iterator[tuple[int, tuple]]:
+        """Yields (characters, (piece of the text, is its first, is its last))."""
+        text = to_text(record)
+        for i in range(0, len(text), BATCH_CHARS):
+            piece = text[i : i + BATCH_CHARS]
+            yield len(piece), (piece, i == 0, i + BATCH_CHARS >= len(text))
+
+    def encode(self, tokenizer: Tokenizer, items: list[tuple]) -> _Encoded:
+        texts, first, last = zip(*items, strict=True)
+        ids = [
+            [tokenizer.bos_id] * is_first + piece + [tokenizer.eos_id] * is_last
+            for piece, is_first, is_last in zip(tokenizer.encode_batch(texts), first, last, strict=True)
+        ]
+        ends = np.cumsum([len(piece) for piece in ids])[np.array(last)]
+        num_bytes = sum(len(text.encode()) for text in texts)
+        return _Encoded(_flat(ids, np.uint32), ends, np.empty(0), num_bytes, {"documents": len(ends)})
+
+
+class _Conversations:
+    """SFT: a record becomes the chat template's ids, cut to what fits a row, and a mask of its answers."""
+
+    name = "sft"
+    arrays = {"tokens": "uint16", "offsets": "int64", "mask": "uint8"}
+    needs = "a CSV with the header history,q,a, or JSON conversations"
+
+    def __init__(self, max_seq_len: int) -> None:
+        self.max_seq_len = max_seq_len
+
+    def items(self, record: dict) -> Iterator[tuple[int, list[dict]]]:
+        """Yields (characters, messages)."""
+        messages = to_messages(record)
+        yield sum(len(message["content"]) for message in messages), messages
+
+    def encode(self, tokenizer: Tokenizer, items: list[list[dict]]) -> _Encoded:
+        parts, num_bytes, counts = [], 0, Counter()
+        for messages, chat in zip(items, tokenizer.encode_chat_batch(items), strict=True):
+            answers = [message["content"] for message in messages if message["role"] == "assistant"]
+            of_this, kept = cut_conversation(chat, tokenizer.bos_id, self.max_seq_len)
+            parts += of_this
+            num_bytes += sum(len(answers[turn].encode()) for turn in kept)
+            counts["conversations" if kept else "too long"] += 1
+            counts["conversations cut"] += len(of_this) > 1 or 0 < len(kept) < len(answers)
+        ids, masks = zip(*parts, strict=True) if parts else ((), ())
+        ends = np.cumsum([len(part) for part in ids], dtype=np.int64)
+        return _Encoded(_flat(ids, np.uint32), ends, _flat(masks, np.uint8), num_bytes, counts)
+
+
+_Form = _Documents | _Conversations
+
+
+def cut_conversation(chat: ChatTokens, bos_id: int, max_seq_len: int) -> tuple[list[tuple[list, list]], list[int]]:
+    """Returns ([(ids, mask), ...], [number of each kept turn]): parts of at most max_seq_len + 1 ids.
+
+    A conversation is cut between turns (a question with its answer) into as few parts as their order allows;
+    each begins with the system text and ends with the </s> of an answer. All that is lost is the sight of the
+    parts before, and turns that do not fit even alone: no answer is trained without its question or its end.
+    """
+    system = chat.ids.index(bos_id)  # its length
+    after = chat.mask[::-1].index(1)  # ids after the last </s>: they train nothing
+
+    def fits(start: int, end: int) -> bool:
+        return system + (end - start) - after <= max_seq_len + 1
+
+    spans: list[tuple[int, int]] = []
+    kept = []
+    for turn, (start, end) in enumerate(pairwise([system, *chat.turn_ends])):
+        if spans and spans[-1][1] == start and fits(spans[-1][0], end):
+            spans[-1] = spans[-1][0], end
+        elif fits(start, end):
+            spans.append((start, end))
+        else:
+            continue
+        kept.append(turn)
+    cuts = [(slice(system), slice(start, end - after)) for start, end in spans]
+    return [(chat.ids[a] + chat.ids[b], chat.mask[a] + chat.mask[b]) for a, b in cuts], kept
+
+
+def _flat(lists: Iterable[list[int]], dtype: type) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(lists), dtype)
+
+
+class _Faults:
+    """Counts what cannot be used by kind, and keeps the first few messages."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: list[str] = []
+
+    def __call__(self, path: Path, line: int, reason: str) -> None:
+        self.counts[reason.split(":")[0]] += 1
+        if len(self.first) < FAULTS_SHOWN:
+            self.first.append(f"{path}:{line}: {reason}")
+
+
+def _open_cache(path: Path, tokenizer: Tokenizer, form: _Form, workers: int | None) -> tuple[dict, dict]:
+    """Returns ({name: memory-mapped array}, meta) of the file's token cache, built now if need be.
+
+    Raises: ValueError if the file is missing, holds nothing usable, or nothing can be written beside it.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; it must be {form.needs}. Make it with `python data_process.py "
+            f"{form.name} --input YOUR_FILES`, or an example with `python data_process.py demo`"
+        )
+    with open(path, "rb") as file:
+        locked = False
+        with suppress(OSError):  # a file system without locks: both build, one of the two is used
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, however this process ends
+            locked = True
+        identity = _file_identity(path)
+        about = [CACHE_VERSION, form.name, form.max_seq_len, identity, tokenizer.fingerprint]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        folder = path.with_name(f"{path.name}.cache-{key}")
+        if _map_arrays(folder) is None:
+            if locked:
+                _remove_outdated(path, identity)
+            _build(folder, path, tokenizer, form, identity, workers)
+        with suppress(OSError):
+            os.utime(folder / "meta.json")  # when it was last used
+        cache = _map_arrays(folder)
+    if cache is None:
+        raise OSError(f"the token cache {folder} cannot be read back; is the disk full or at fault?")
+    return cache
+
+
+def _file_identity(path: Path) -> list:
+    """Returns [bytes, time of change in ns, sha256 over 64 samples of 4 KiB]: enough to know a file again.
+
+    Whatever edits a file sets its time of change. The samples are for what resets that time (copies, archives,
+    coarse clocks): other content of the very same length that is equal in all samples is no accident.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        for start in np.linspace(0, max(0, status.st_size - 4096), 64, dtype=np.int64):
+            file.seek(int(start))
+            digest.update(file.read(4096))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def _map_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
+    """Returns the arrays and meta of a finished cache; None if it is not there or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        arrays = {
+            name: np.memmap(folder / f"{name}.bin", dtype, mode="r", shape=(length,))
+            for name, (dtype, length) in meta["arrays"].items()
+        }
+    except (OSError, ValueError, KeyError):
+        return None
+    return arrays, meta
+
+
+def _remove_outdated(path: Path, identity: list) -> None:
+    """Removes unfinished caches, those of what the file was before, and of many the longest unused.
+
+    To be called under the lock. A process that has mapped one of them keeps its arrays until it ends.
+    """
+    current = []
+    for folder in path.parent.iterdir():
+        if folder.name.startswith(f"{path.name}.cache-"):
+            cache = _map_arrays(folder)
+            if folder.suffix.startswith(".tmp") or cache is None or cache[1].get("file") != identity:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                current.append(folder)
+    current.sort(key=lambda folder: (folder / "meta.json").stat().st_mtime_ns, reverse=True)
+    for folder in current[CACHES_KEPT - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build(folder: Path, path: Path, tokenizer: Tokenizer, form: _Form, identity: list, workers: int | None) -> None:
+    """Writes the cache of a file: all arrays and then meta.json into a temporary folder, which is renamed."""
+    dtypes = form.arrays | ({"tokens": "uint32"} if tokenizer.vocab_size > 1 << 16 else {})
+    faults, counts, num_bytes, lengths = _Faults(), Counter(), 0, dict.fromkeys(dtypes, 0)
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    try:
+        temporary.mkdir()
+    except PermissionError:
+        raise ValueError(f"cannot write the token cache beside {path}; copy it to a folder of your own") from None
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in dtypes}
+
+            def write(name: str, values: np.ndarray) -> None:
+                files[name].write(values.astype(dtypes[name]).data)
+                lengths[name] += len(values)
+
+            write("offsets", np.zeros(1))
+            for encoded in _encode_file(path, tokenizer, form, faults, workers):
+                write("offsets", encoded.ends + lengths["tokens"])
+                write("tokens", encoded.tokens)
+                if "mask" in dtypes:
+                    write("mask", encoded.mask)
+                num_bytes += encoded.num_bytes
+                counts.update(encoded.counts)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        if too_long := counts.pop("too long", 0):
+            faults.counts["too long"] += too_long
+        if lengths["offsets"] == 1:
+            why = f". The first fault of {faults.counts.total():,}: {faults.first[0]}" if faults.first else ""
+            raise ValueError(f"{path} holds nothing to train on; it must be {form.needs}{why}")
+        if _file_identity(path) != identity:
+            raise ValueError(f"{path} changed while it was read; start again when it is complete")
+        meta = {
+            "file": identity,
+            "arrays": {name: [dtype, lengths[name]] for name, dtype in dtypes.items()},
+            "num_bytes": num_bytes,
+            "counts": {**counts, "not used": dict(faults.counts)},
+        }
+        with open(temporary / "meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if folder.exists():  # not whole, or built meanwhile where there are no locks
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if faults.counts:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in faults.counts.most_common())
+        print(*faults.first, f"{path}: {faults.counts.total():,} records not used: {kinds}", sep="\n", file=sys.stderr)
+
+
+def _encode_file(
+    path: Path, tokenizer: Tokenizer, form: _Form, faults: _Faults, workers: int | None
+) -> Iterator[_Encoded]:
+    """Yields the file in encoded batches, in order; `workers` threads encode while this one reads and writes."""
+    workers = workers or os.cpu_count() or 1
+    bar = tqdm(
+        total=path.stat().st_size,
+        desc=f"tokenizing {path.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1,  # no bar for what is done in a second
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
+
+    def batches() -> Iterator[list]:
+        batch, chars = [], 0
+        for line, record in read_records(path, faults, lambda position: bar.update(position - bar.n)):
+            try:
+                items = list(form.items(record))
+            except ValueError as error:
+                faults(path, line, str(error))
+                continue
+            for item_chars, item in items:
+                batch.append(item)
+                chars += item_chars
+                if chars >= BATCH_CHARS:
+                    yield batch
+                    batch, chars = [], 0
+        if batch:
+            yield batch
+
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are ours: a batch each, `workers` in all
+    try:
+        with bar, ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future] = deque()
+            for batch in batches():
+                waiting.append(pool.submit(form.encode, tokenizer, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Packing: rows that are full
+# ---------------------------------------------------------------------------------------------------------
+#
+# A row takes T = max_seq_len inputs, and the label of each is the token after it. Padding documents to rows,
+# as v1 did, wastes half of the computation. Two ways around it:
+#
+#   pretraining   documents end to end, cut into rows anywhere (here T = 4; the label of the last input is the
+#                 first input of the next row, so no token is lost at a cut):
+#                     stream    <s> a b </s> <s> c d e f </s> ...
+#                     row 0     <s> a b </s>      labels  a b </s> -
+#                     row 1     <s> c d e         labels  c d e f
+#   SFT           whole conversations, as many as fit (bin packing), attention kept apart by `documents`:
+#                     inputs    [conversation 7 ......][conversation 2 ...][pad]
+#                     documents  1 1 1 1 1 1 1 1 1 1 1  2 2 2 2 2 2 2 2 2  0 0
+#
+# <s> is never a label: nothing that comes before a document says that one begins.
+
+
+class Batch(NamedTuple):
+    """Some rows of T tokens, ready for the model."""
+
+    input_ids: torch.Tensor  # (B, T) int64; 0 where there is padding
+    labels: torch.Tensor  # (B, T) int64: the token after each input; IGNORE where it is not trained
+    documents: torch.Tensor | None  # (B, T) int32: number of the document in its row, from 1; 0 = padding
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are trained."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Returns the batch on that device."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+
+class _Rows:
+    """What PretrainData and SFTData share: the arrays of the cache, the figures, the random order."""
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, form: _Form, max_seq_len: int, seed: int, workers: int | None
+    ) -> None:
+        if max_seq_len < 2:
+            raise ValueError(f"max_seq_len {max_seq_len}: a row needs at least 2 tokens")
+        self.path, self.max_seq_len, self.seed, self.bos_id = Path(path), max_seq_len, seed, tokenizer.bos_id
+        self._mapped, self._meta = _open_cache(self.path, tokenizer, form, workers)
+        arrays = {name: np.asarray(array) for name, array in self._mapped.items()}  # np.memmap slices slowly
+        self._tokens, self._offsets, self._mask = arrays["tokens"], arrays["offsets"], arrays.get("mask")
+        self._shuffled: tuple | None = None  # the last epoch asked for and its order
+        size, _, sample_hash = self._meta["file"]
+        self.fingerprint = f"{size} bytes, {sample_hash[:16]}"  # of the file, wherever it lies
+
+    def _describe(self, num_rows: int, num_inputs: int, num_tokens: int) -> None:
+        """Sets the figures that callers read."""
+        self.num_rows, self.num_tokens = num_rows, num_tokens
+        self.num_bytes: int = self._meta["num_bytes"]
+        fill = round(num_inputs / (num_rows * self.max_seq_len), 4)  # share of inputs that are not padding
+        figures = {"rows": num_rows, "fill": fill, "target_tokens": num_tokens, "target_bytes": self.num_bytes}
+        self.stats: dict = self._meta["counts"] | figures
+        self._release()
+
+    def _lengths(self, documents: np.ndarray) -> np.ndarray:
+        return self._offsets[documents + 1] - self._offsets[documents]
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *purpose]))
+
+    def _release(self) -> None:
+        """Unmaps the pages read so far; the system keeps them cached. Without it the memory that a process is
+        seen to use would grow to the size of the file within an epoch."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for array in self._mapped.values():
+                array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+class PretrainData(_Rows):
+    """Documents for pretraining, shuffled anew each epoch, end to end in rows of max_seq_len tokens.
+
+    Every token of every <s>text</s> but the <s> is a label exactly once an epoch. With `isolate`, `documents`
+    tells the model where each one begins, so that attention can stay inside; the labels are the same either way,
+    so losses compare. workers: threads that tokenize at the first use (default: all cores).
+    Raises: ValueError if the file is missing, unusable, or changes meanwhile.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        *,
+        isolate: bool = False,
+        seed: int = 1337,
+        workers: int | None = None,
+    ) -> None:
+        super().__init__(path, tokenizer, _Documents(), max_seq_len, seed, workers)
+        self.isolate = isolate
+        num_inputs = len(self._tokens) - 1  # nothing follows the very last token
+        num_documents = len(self._offsets) - 1
+        self._describe(-(-num_inputs // max_seq_len), num_inputs, len(self._tokens) - num_documents)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Batch:
+        """Returns rows [start, stop) of the epoch; those past num_rows are padding."""
+        order, ends = self._layout(epoch)
+        T = self.max_seq_len  # noqa: N806
+        first = min(start * T, ends[-1])
+        last = min(stop * T + 1, ends[-1])  # one more: the last label
+        # The documents that stream[first:last] runs through, and which part of each.
+        span = slice(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "left") + 1)
+        begins = ends[span] - self._lengths(order[span])  # in the stream
+        skipped = np.maximum(first - begins, 0)
+        counts = np.minimum(ends[span], last) - begins - skipped
+        num_inputs = max(last - first - 1, 0)
+
+        stream = np.zeros((stop - start) * T + 1, np.int64)
+        stream[: last - first] = self._tokens[_ranges(self._offsets[order[span]] + skipped, counts)]
+        input_ids, labels = stream[:-1], stream[1:].copy()
+        labels[labels == self.bos_id] = IGNORE
+        labels[num_inputs:] = IGNORE
+        input_ids[num_inputs:] = 0
+        documents = None
+        if self.isolate:
+            documents = np.zeros((stop - start, T), np.int32)
+            documents.flat[:num_inputs] = np.repeat(np.arange(1, len(counts) + 1), counts)[:num_inputs]
+            documents = np.where(documents > 0, documents - documents[:, :1] + 1, 0)
+        self._release()
+        return Batch(
+            torch.from_numpy(input_ids.reshape(-1, T)),
+            torch.from_numpy(labels.reshape(-1, T)),
+            None if documents is None else torch.from_numpy(documents),
+        )
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the documents in the epoch's order, and where each ends in its stream of tokens."""
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = self._random(epoch).permutation(np.arange(len(self._offsets) - 1, dtype=np.uint32))
+            self._shuffled = epoch, order, np.cumsum(self._lengths(order))
+        return self._shuffled[1:]
+
+
+class SFTData(_Rows):
+    """Conversations for fine-tuning, packed whole into rows of max_seq_len tokens; the rows are shuffled each epoch.
+
+    Labels are the tokens of every answer and its </s>; `documents` keeps the conversations of a row apart. Which
+    conversations share a row depends on the seed and stays the same in all epochs. Over-long ones are cut, see
+    cut_conversation. workers: threads that tokenize at the first use (default: all cores).
+    Raises: ValueError if the file is missing, unusable, or changes meanwhile.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, max_seq_len: int, *, seed: int = 1337, workers: int | None = None
+    ) -> None:
+        super().__init__(path, tokenizer, _Conversations(max_seq_len), max_seq_len, seed, workers)
+        inputs = np.diff(self._offsets) - 1  # the last token of a conversation is only a label
+        self._samples, self._row_starts = pack(inputs, max_seq_len, self._random())
+        self._describe(len(self._row_starts) - 1, int(inputs.sum()), int(np.count_nonzero(self._mask)))
+
+    def rows(self, epoch: int, start: int, stop: int) -> Batch:
+        """Returns rows [start, stop) of the epoch; those past num_rows are padding."""
+        T = self.max_seq_len  # noqa: N806
+        row = self._order(epoch)[start:stop]
+        counts = self._row_starts[row + 1] - self._row_starts[row]
+        samples = self._samples[_ranges(self._row_starts[row], counts)]
+        lengths = self._lengths(samples) - 1
+        # Every sample goes behind those before it in its row.
+        before = np.cumsum(lengths) - lengths
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # of the samples of the same row
+        at = np.repeat(np.arange(len(row)) * T, counts) + before - before[first]
+        source, target = _ranges(self._offsets[samples], lengths), _ranges(at, lengths)
+
+        input_ids = np.zeros((stop - start, T), np.int64)
+        labels = np.full((stop - start, T), IGNORE, np.int64)
+        documents = np.zeros((stop - start, T), np.int32)
+        input_ids.flat[target] = self._tokens[source]
+        labels.flat[target] = np.where(self._mask[source + 1], self._tokens[source + 1].astype(np.int64), IGNORE)
+        documents.flat[target] = np.repeat(np.arange(len(samples)) - first + 1, lengths)
+        self._release()
+        return Batch(*map(torch.from_numpy, (input_ids, labels, documents)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = epoch, self._random(epoch).permutation(self.num_rows)
+        return self._shuffled[1]
+
+
+def pack(lengths: np.ndarray, capacity: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (items, starts): row r holds the items items[starts[r] : starts[r + 1]], their lengths fit capacity.
+
+    Best fit decreasing: the longest first, each into the row with the least space that takes it. All items of
+    one length are placed together, so the time grows with the different lengths, not with the items. `random`
+    decides which of equally long items go together.
+    Raises: ValueError if an item is longer than capacity or empty.
+    Source: Johnson, Near-optimal bin packing algorithms (1973); at most 22% more rows than the best packing.
+    """
+    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths from {lengths.min()} to {lengths.max()} do not fit rows of {capacity}")
+    order = random.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    different, firsts = np.unique(lengths[order], return_index=True)
+    row_of = np.empty(len(lengths), np.int64)
+    rows_by_space = defaultdict(list)  # space left in a row: [arrays of row numbers]
+    num_rows = 0
+    for length, items in zip(different[::-1].tolist(), np.split(order, firsts[1:])[::-1], strict=True):
+        for space in [*sorted(space for space in rows_by_space if space >= length), capacity]:
+            each = space // length  # once a row is the best fit it stays so until it is too full for this length
+            wanted = -(-len(items) // each)
+            if space == capacity:
+                rows = np.arange(num_rows, num_rows + wanted)
+                num_rows += wanted
+            else:
+                rows, spare = np.split(np.concatenate(rows_by_space.pop(space)), [wanted])
+                if len(spare):
+                    rows_by_space[space] = [spare]
+            placed, items = np.split(items, [len(rows) * each])
+            row_of[placed] = np.repeat(rows, each)[: len(placed)]
+            in_last = len(placed) - (len(rows) - 1) * each  # the last row may take fewer
+            rows_by_space[space - each * length].append(rows[:-1])
+            rows_by_space[space - in_last * length].append(rows[-1:])
+            if not len(items):
+                break
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return np.argsort(row_of, kind="stable"), starts
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns starts[0], starts[0] + 1, ... (counts[0] numbers), then starts[1], ...: many slices as one index."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(counts.sum())
