@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from model.tokenizer import load_tokenizer
+
 REPO = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- quickstart.sh and test.sh
@@ -124,6 +126,18 @@ def test_quickstart_names_the_step_that_failed(clone):
     assert steps(done) == ["pretrain starts"]
 
 
+def test_quickstart_shows_and_logs_the_error_of_a_real_step(clone):
+    shutil.copy(REPO / "1-pretrain.py", clone)
+    shutil.copytree(REPO / "model", clone / "model", dirs_exist_ok=True)
+    (clone / "dataset/pretrain_data.csv").write_text("content\n你好\n")
+    done = quickstart(clone)
+    assert done.returncode == 1
+    assert "Step pretrain_tiny failed (exit code 2)" in done.stderr
+    log = (clone / "out/quickstart/pretrain_tiny.log").read_text()
+    assert "error: " in log and "pretrain_data.csv" in log
+    assert "Traceback" not in log
+
+
 @pytest.mark.parametrize("args", [["--size", "huge"], ["--size"], ["--quick"]])
 def test_quickstart_refuses_wrong_arguments(clone, args):
     done = subprocess.run(["bash", clone / "scripts/quickstart.sh", *args], capture_output=True, text=True)
@@ -234,3 +248,52 @@ def test_plot_log_says_what_is_wrong(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             script("plot_log").main([*args, "--out_dir", str(tmp_path)])
+
+
+# ---------------------------------------------------------------- benchmark.py
+
+# Stands for a checkout of v1: its package has the name of ours, its Transformer returns a loss for every token.
+V1_FILES = {
+    "LMConfig.py": "class LMConfig:\n    def __init__(self, **numbers): vars(self).update(numbers)\n",
+    "model.py": """
+import types, torch
+from .LMConfig import LMConfig
+class Transformer(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(6400, 8)
+    def forward(self, ids, targets):
+        assert ids.shape == (2, 15)  # one short of a row, as v1 shifts it
+        return types.SimpleNamespace(last_loss=self.table(ids).square().mean(-1).flatten())
+""",
+}
+SMALLEST = ["--size", "tiny", "--rounds", "2", "--dtype", "float32", "--device", "cpu"]
+
+
+def benchmark(tmp_path: Path, *args) -> tuple[dict, str]:
+    command = [sys.executable, REPO / "scripts/benchmark.py", *map(str, args), "--json", tmp_path / "figures.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "figures.json").read_text()), done.stdout
+
+
+def test_benchmark_train_measures_all_three_in_turns(tmp_path):
+    (tmp_path / "v1/model").mkdir(parents=True)
+    for name, text in V1_FILES.items():
+        (tmp_path / "v1/model" / name).write_text(text)
+    (tmp_path / "data.csv").write_text("text\nab\ncdef\n")
+    row = ["--batch_size", 2, "--max_seq_len", 16, "--steps", 1]
+    paths = ["--v1", tmp_path / "v1", "--data_path", tmp_path / "data.csv"]
+    figures, printed = benchmark(tmp_path, "train", *SMALLEST, *row, *paths)
+    assert list(figures["results"]) == ["ours", "transformers", "v1"]
+    for name, result in figures["results"].items():
+        assert len(result["rounds"]) == 2
+        assert result["min"] <= result["median"] <= result["max"]
+        assert result["mfu"] > 0 and result["memory_gib"] > 0 and result["dtype"] == "float32"
+        assert name in printed
+    assert set(figures["ratios"]) == {"transformers", "v1", "v1, real tokens"}
+    tokenizer = load_tokenizer()
+    lengths = [len(tokenizer.encode_document(text)) for text in ("ab", "cdef")]
+    # packed: one row holds both; padded: a row each, one token short
+    assert figures["results"]["ours"]["real_share"] == pytest.approx((sum(lengths) - 2) / 16)
+    assert figures["results"]["v1"]["real_share"] == pytest.approx((sum(lengths) - 2) / 30)
