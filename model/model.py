@@ -301,7 +301,7 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 near ties would go to another expert
             probs = F.linear(flat.float(), self.gate.weight.float()).softmax(-1)  # (N, E)
         weights, chosen = probs.topk(config.num_experts_per_tok, dim=-1)  # (N, k)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:  # a lone weight of 1 would teach the router nothing
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:  # a lone 1 would teach the router nothing
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
         order = chosen.flatten().argsort(stable=True)  # assignments, those of expert 0 first
@@ -451,7 +451,7 @@ class Transformer(nn.Module):
         balance = []
         for index, block in enumerate(self.layers):
             inputs = (x, rotary, index, cache, starts, mask, real)
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            if self.grad_checkpoint:
                 x, aux = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, aux = block(*inputs)
