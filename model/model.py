@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from model.LMConfig import LMConfig
@@ -116,9 +117,7 @@ class BlockAttention(torch.autograd.Function):
         scores = torch.bmm(q, k.transpose(1, 2))
         if starts is None:  # only the last block of keys has a future to hide
             future = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
-            scores.view(len(scores), -1, end - begin, end - first)[..., begin - first :].masked_fill_(
-                future, -math.inf
-            )
+            scores.view(len(scores), -1, end - begin, end - first)[..., begin - first :].masked_fill_(future, -math.inf)
         else:
             keys, queries = torch.arange(first, end), torch.arange(begin, end)
             hidden = (keys > queries[:, None]) | (keys < starts[:, begin:end, None])  # (B, L, end - first)
@@ -147,6 +146,7 @@ class BlockAttention(torch.autograd.Function):
         return out.view(B, H, T, C)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, starts = ctx.saved_tensors
         B, H, T, C = grad.shape
@@ -287,9 +287,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Router(config)
-        self.experts = nn.ModuleList(
-            FeedForward(config.dim, config.ffn_dim) for _ in range(config.n_routed_experts)
-        )
+        self.experts = nn.ModuleList(FeedForward(config.dim, config.ffn_dim) for _ in range(config.n_routed_experts))
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config.dim, config.ffn_dim * config.n_shared_experts)
         self.load: Tensor | None = None  # (E,) share of the last call's assignments that each expert got
