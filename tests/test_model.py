@@ -277,6 +277,14 @@ def test_block_attention_gradcheck(monkeypatch):
         assert torch.autograd.gradcheck(lambda *x, s=starts: BlockAttention.apply(*x, s), inputs)
 
 
+def test_block_attention_has_no_second_derivative():
+    """It would be wrong without a word: the backward pass is not written to be differentiated."""
+    inputs = attention_inputs(5, 2, 1)
+    grads = torch.autograd.grad(BlockAttention.apply(*inputs, None).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
 def test_block_attention_in_bfloat16_is_as_exact_as_torchs():
     inputs, grad = attention_inputs(200, 4, 2, head_dim=32), torch.randn(2, 4, 200, 32)
 
@@ -734,6 +742,18 @@ def check_compiled(model: Transformer, packed: bool, **options) -> None:
 @pytest.mark.parametrize("moe", [False, True])
 def test_torch_compile_traces(tiny_model, moe, fresh_compiler):
     check_compiled(tiny_model(use_moe=moe, n_layers=1), packed=True, backend="eager")
+
+
+def test_blocks_are_for_cpus_without_compiler(tiny_model, monkeypatch, fresh_compiler):
+    """The values are the same either way; this is about speed, and about the size of a traced graph."""
+    calls, blocks = [], BlockAttention.blocks
+    monkeypatch.setattr(BlockAttention, "blocks", lambda *args: calls.append(1) or blocks(*args))
+    model, ids = tiny_model(), random_ids(1, 70)
+    model(ids)
+    assert len(calls) == 2  # layers
+    torch.compile(model, backend="eager")(ids)
+    assert len(calls) == 2
+    assert not model_module.use_block_attention(torch.device("cuda"))
 
 
 @pytest.mark.slow
