@@ -466,7 +466,7 @@ def cut_conversation(chat: ChatTokens, bos_id: int, max_seq_len: int) -> tuple[l
     spans: list[tuple[int, int]] = []
     kept = []
     for turn, (start, end) in enumerate(pairwise([system, *chat.turn_ends])):
-        if spans and spans[-1][1] == start and fits(spans[-1][0], end):
+        if spans and fits(spans[-1][0], end):  # never over a turn left out: that alone is too long
             spans[-1] = spans[-1][0], end
         elif fits(start, end):
             spans.append((start, end))

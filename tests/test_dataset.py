@@ -1,5 +1,6 @@
 """Reading data files, the token cache, packing, and the order of the rows."""
 
+import ast
 import csv
 import gzip
 import hashlib
@@ -323,10 +324,17 @@ def test_what_is_no_text_is_refused(record):
         '[["a", "b"]]' * 200_000,
         "[['a', '\\N{no such name}']]",
         "[['a', 'b\0']]",
+        json.dumps([["q", "a" * 2_000_000]]),
     ],
     ids=lambda history: history[:20],
 )
 def test_a_hostile_history_is_an_error_and_nothing_else(history, tmp_path, monkeypatch):
+    def parse(text):
+        assert text[0] in "[('", "only lists of strings may get to the parser: deep nesting of others can crash it"
+        return literal_eval(text)
+
+    literal_eval = ast.literal_eval
+    monkeypatch.setattr(ast, "literal_eval", parse)
     monkeypatch.chdir(tmp_path)
     try:
         to_messages({"history": history, "q": "q", "a": "a"})
@@ -496,8 +504,9 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(tmp_path, tokenizer, kind)
 def test_long_texts_are_encoded_in_pieces_and_come_out_whole(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 7)
     texts = ["a" * 7, "b" * 8, "c" * 50, "汉字" * 9, "d"]
-    documents = documents_of(pretrain(tmp_path, tokenizer, texts, 16), 0)
-    assert Counter(documents) == Counter(tuple(ids(text + "{e}")) for text in texts)
+    data = pretrain(tmp_path, tokenizer, texts, 16)
+    assert Counter(documents_of(data, 0)) == Counter(tuple(ids(text + "{e}")) for text in texts)
+    assert (data.rows(0, 0, data.num_rows).input_ids == BOS).sum() == data.stats["documents"] == len(texts)
 
 
 def test_text_cannot_become_a_special_token(tmp_path, tokenizer):
@@ -796,7 +805,7 @@ def corpus(path: Path, megabytes: float) -> Path:
 
 def test_a_kill_during_the_build_leaves_nothing_that_is_taken_for_whole(tmp_path):
     path = corpus(tmp_path / "p.csv", 4)
-    for delay in (0, 0.1, 0.3):
+    for delay in (0, 0.05, 0.15):
         process = start(path)
         while not caches(path) and process.poll() is None:
             time.sleep(0.005)
@@ -821,8 +830,8 @@ def test_two_processes_at_once_build_once_and_read_the_same(tmp_path):
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     peaks = []  # bytes: of a process that builds the cache, of one that finds it
-    for megabytes in (4, 24):
+    for megabytes in (3, 18):
         path = corpus(tmp_path / f"{megabytes}.csv", megabytes)
         peaks.append([int(start(path).communicate()[0].split()[-1]) for _ in range(2)])
         assert sum(file.stat().st_size for file in caches(path)[0].iterdir()) > 2e6 * megabytes
-    assert peaks[1][0] - peaks[0][0] < 15e6 and peaks[1][1] - peaks[0][1] < 15e6
+    assert peaks[1][0] - peaks[0][0] < 15e6 and peaks[1][1] - peaks[0][1] < 10e6
