@@ -736,7 +736,9 @@ class _Rows:
         self._release()
 
     def _lengths(self, documents: np.ndarray) -> np.ndarray:
-        return self._offsets[documents + 1] - self._offsets[documents]
+        lengths = self._offsets[documents + 1]
+        lengths -= self._offsets[documents]  # in place: there may be millions
+        return lengths
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed, *purpose]))
@@ -809,7 +811,8 @@ class PretrainData(_Rows):
         """Returns the documents in the epoch's order, and where each ends in its stream of tokens."""
         if self._shuffled is None or self._shuffled[0] != epoch:
             order = self._random(epoch).permutation(np.arange(len(self._offsets) - 1, dtype=np.uint32))
-            self._shuffled = epoch, order, np.cumsum(self._lengths(order))
+            ends = self._lengths(order)
+            self._shuffled = epoch, order, np.cumsum(ends, out=ends)
         return self._shuffled[1:]
 
 
