@@ -34,6 +34,7 @@ from tqdm import tqdm  # noqa: E402
 from model.checkpoint import atomic_write  # noqa: E402
 from model.cli import ROOT, number, positive_int, run_main  # noqa: E402
 from model.dataset import IGNORE, PretrainData, read_records, to_text  # noqa: E402
+from model.generate import generate, prepare  # noqa: E402
 from model.LMConfig import SIZES, LMConfig  # noqa: E402
 from model.log import training_flops_per_token  # noqa: E402
 from model.model import Transformer  # noqa: E402
@@ -325,7 +326,104 @@ def compare(results: dict[str, dict]) -> dict[str, float]:
     return ratios
 
 
-# ---------------------------------------------------------------- 3. memory of pretraining
+# ---------------------------------------------------------------- 3. generation
+
+
+def decode_rounds(args, load: Callable, reply: Callable) -> Callable[..., dict]:
+    """A function that measures one generation; `load(dtype)` is the model, `reply(model, prompts)` the new ids."""
+    generator = torch.Generator().manual_seed(args.seed)
+    models = {name: load(DTYPES[name]) for name in args.dtypes}
+
+    def measure(dtype: str, batch_size: int) -> dict:
+        prompts = torch.randint(3, 6400, (batch_size, args.prompt_tokens), generator=generator)
+        start = time.perf_counter()
+        ids = reply(models[dtype], prompts)
+        seconds = time.perf_counter() - start
+        if any(len(row) != args.new_tokens for row in ids):
+            raise ValueError(f"a reply does not have {args.new_tokens} tokens")
+        return {"tokens_per_second": batch_size * args.new_tokens / seconds, "ids": ids}
+
+    for dtype, batch_size in itertools.product(args.dtypes, args.batch_sizes):
+        measure(dtype, batch_size)  # to warm up
+    return measure
+
+
+def random_model(args) -> Transformer:
+    """A model with weights that are the same for every contestant."""
+    torch.manual_seed(args.seed)
+    return Transformer(LMConfig.from_size(args.size)).eval()
+
+
+def decode_ours(args) -> Callable[..., dict]:
+    """model/generate.py, as 2-eval.py uses it."""
+    device = pick_device(args.device)
+
+    def reply(model, prompts) -> list[list[int]]:
+        replies = generate(model, prompts.tolist(), max_new_tokens=args.new_tokens, temperature=0, eos_id=None)
+        return [reply.ids for reply in replies]
+
+    return decode_rounds(args, lambda dtype: prepare(random_model(args), device, dtype), reply)
+
+
+def decode_transformers(args) -> Callable[..., dict]:
+    """LlamaForCausalLM.generate with its own cache, on the same weights."""
+    from transformers import GenerationConfig
+
+    device = pick_device(args.device)
+    settings = GenerationConfig(max_new_tokens=args.new_tokens, do_sample=False, pad_token_id=0, use_cache=True)
+
+    @torch.inference_mode()
+    def reply(model, prompts) -> list[list[int]]:
+        prompts = prompts.to(device)
+        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+        return ids[:, prompts.shape[1] :].tolist()
+
+    return decode_rounds(args, lambda dtype: as_llama(random_model(args)).to(device, dtype), reply)
+
+
+def as_llama(model: Transformer):
+    """The same function of the same weights in transformers, whose rotary pairs are channels i and i + C / 2."""
+    from transformers import LlamaForCausalLM
+
+    config = model.config
+    names = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+    names |= {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    names |= {"attention": "self_attn", "feed_forward": "mlp"}
+    names |= {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    names |= {"tok_embeddings": "model.embed_tokens", "layers": "model.layers", "output": "lm_head"}
+    state = {}
+    for key, weight in model.state_dict().items():
+        if ".wq." in key or ".wk." in key:  # per head, even channels first
+            weight = weight.view(-1, config.head_dim // 2, 2, config.dim).transpose(1, 2).reshape(weight.shape)
+        key = "model." + key if key == "norm.weight" else key
+        state[".".join(names.get(part, part) for part in key.split("."))] = weight
+    llama = LlamaForCausalLM(llama_config(config)).eval()
+    llama.load_state_dict(state)
+    return llama
+
+
+def decode(args: argparse.Namespace) -> dict:
+    if SIZES[args.size].get("use_moe"):
+        raise ValueError(f"--size {args.size}: transformers has no model of this shape to compare with")
+    requests = [{"dtype": d, "batch_size": b} for d, b in itertools.product(args.dtypes, args.batch_sizes)]
+    rounds = take_turns(["ours", "transformers"], args, requests)
+    print(f"\nGeneration, size {args.size}, {args.prompt_tokens} tokens of prompt, {args.new_tokens} new ones, greedy")
+    rows = [["", "dtype", "streams", "tokens/s", "from - to"]]
+    cases = []
+    for request, answers in zip(requests, rounds, strict=True):
+        results = {name: summary([r["tokens_per_second"] for r in answers[name]]) for name in answers}
+        rows += [[name, request["dtype"], str(request["batch_size"]), *spread(r)] for name, r in results.items()]
+        pairs = zip(*([row for r in answers[name] for row in r["ids"]] for name in answers), strict=True)
+        same = [a == b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)]
+        cases.append(request | {"results": results, "same_tokens": sum(same) / len(same)})
+    print_table(rows)
+    for case in cases:
+        print(f"{case['dtype']}, {case['batch_size']} streams, {case['same_tokens']:.0%} of tokens equal: ", end="")
+        case["ratios"] = compare(case["results"])
+    return {"cases": cases}
+
+
+# ---------------------------------------------------------------- 4. memory of pretraining
 
 
 def write_corpus(path: Path, source: Path, num_bytes: int) -> None:
@@ -366,12 +464,14 @@ def memory(args: argparse.Namespace) -> dict:
     return {"results": results}
 
 
-# ---------------------------------------------------------------- 4. the command line
+# ---------------------------------------------------------------- 5. the command line
 
 CONTESTANTS = {
     ("train", "ours"): train_ours,
     ("train", "transformers"): train_transformers,
     ("train", "v1"): train_v1,
+    ("decode", "ours"): decode_ours,
+    ("decode", "transformers"): decode_transformers,
 }
 
 
@@ -420,6 +520,14 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--isolate_documents", action="store_true", help="ours keeps attention inside documents")
     sub.add_argument("--compile", action="store_true", help="ours is compiled")
     sub.set_defaults(grad_checkpoint=False)
+
+    sub = add_command("decode", decode, "tokens per second of generation")
+    add = sub.add_argument
+    add("--rounds", type=positive_int, default=5, help="rounds each (default: 5)")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="(default: float32 bfloat16)")
+    add("--batch_sizes", nargs="+", type=positive_int, default=[1, 16], help="streams at a time (default: 1 16)")
+    add("--prompt_tokens", type=positive_int, default=16, help="length of the prompts (default: 16)")
+    add("--new_tokens", type=positive_int, default=128, help="length of the replies (default: 128)")
 
     sub = add_command("memory", memory, "peak memory of 1-pretrain.py with files of different sizes")
     add_training(sub, steps=5)

@@ -32,7 +32,7 @@ sft_settings() {
   esac
 }
 
-common_settings="--save_interval 200 --log_interval 20"
+common_settings="--save_interval 500 --log_interval 50"
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 

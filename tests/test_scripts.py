@@ -11,7 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.checkpoint import save_weights
+from model.dataset import read_records
+from model.LMConfig import LMConfig
+from model.model import Transformer
 from model.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -250,6 +255,77 @@ def test_plot_log_says_what_is_wrong(tmp_path):
             script("plot_log").main([*args, "--out_dir", str(tmp_path)])
 
 
+# ---------------------------------------------------------------- report.py
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("一样", "一样", 1.0),
+        ("比喻", "形容", 0.0),
+        ("比喻两件事", "比喻两件小事。", 2 * 1.0 * (5 / 6) / (1.0 + 5 / 6)),  # P 5/5, R 5/6
+        ("好好好好", "好", 2 * (1 / 4) * 1.0 / (1 / 4 + 1.0)),  # a repeated character counts once: P 1/4, R 1/1
+        ("P. Diddy", "p diddy!", 1.0),  # case, spaces and punctuation do not count
+        ("。。。", "，，，是", 0.0),
+        ("…", "！", 1.0),  # nothing in either
+        ("", "是", 0.0),
+    ],
+)
+def test_character_f1(answer, reference, f1):
+    assert script("report").character_f1(answer, reference) == pytest.approx(f1)
+    assert script("report").character_f1(reference, answer) == pytest.approx(f1)
+
+
+def conversation(*turns: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def test_report_scores_the_last_answer_given_the_turns_before():
+    asked = []
+
+    def answerer(conversations):
+        asked.extend(conversations)
+        return [("甲", True), ("甲乙", True), ("", False)]
+
+    conversations = [conversation("一", "甲"), conversation("一", "甲", "二", "乙丙"), conversation("三", "丁")]
+    result = script("report").score(answerer, conversations)
+    assert asked == [c[:-1] for c in conversations]
+    assert result["questions"] == 3
+    assert result["mean_f1"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert result["share_f1_half"] == pytest.approx(2 / 3)
+    assert result["share_ended"] == pytest.approx(2 / 3)
+    assert result["answers"][1] == {"question": "二", "reference": "乙丙", "answer": "甲乙", "f1": 0.5}
+
+
+def test_report_prints_figures_and_six_conversations(tmp_path, monkeypatch, capsys):
+    report = script("report")
+    tokenizer = load_tokenizer()
+    model = Transformer(LMConfig.from_size("tiny", vocab_size=tokenizer.vocab_size))
+    val = {"step": 9, "loss": 3.0, "perplexity": 20.0855, "bits_per_byte": 1.25, "tokens": 1000}
+    for stage, figures in (("pretrain", val), ("full_sft", {})):
+        meta = {"config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint, "val": figures}
+        save_weights(tmp_path / f"{stage}_256.pth", model.state_dict(), meta)
+    rows = ["[],什么？,回答", '"[[""甲"", ""乙""]]",然后呢？,回答', "[],What is it?,It"]
+    for name in ("sft_data.csv", "sft_val.csv"):
+        (tmp_path / name).write_text("history,q,a\n" + "\n".join(rows))
+    (tmp_path / "sft_val_new.csv").write_text("history,q,a\n[],新的？,回答\n")
+
+    monkeypatch.setattr(report, "MAX_NEW_TOKENS", 3)
+    where = ["--out_dir", str(tmp_path), "--data_dir", str(tmp_path)]
+    report.main(["--size", "tiny", "--questions", "2", "--device", "cpu", *where])
+    written = json.loads((tmp_path / "report_256.json").read_text())
+    assert written["held_out"] == {"pretrain": val, "full_sft": {}}
+    assert {name: r["questions"] for name, r in written["answers"].items()} == {
+        "sft_data.csv": 2, "sft_val.csv": 2, "sft_val_new.csv": 1
+    }
+    questions = [[m["content"] for m in s["messages"] if m["role"] == "user"] for s in written["samples"]]
+    assert questions[0][0] == "你是谁？" and len(questions) == 6
+    assert ["甲", "然后呢？"] in questions and ["What is it?"] in questions and ["新的？"] in questions
+    printed = capsys.readouterr().out
+    assert "20.09" in printed and "1.2500" in printed and "not measured" in printed
+    assert printed.count("Q: 你是谁？") == 1
+
+
 # ---------------------------------------------------------------- benchmark.py
 
 # Stands for a checkout of v1: its package has the name of ours, its Transformer returns a loss for every token.
@@ -267,7 +343,6 @@ class Transformer(torch.nn.Module):
         return types.SimpleNamespace(last_loss=self.table(ids).square().mean(-1).flatten())
 """,
 }
-SMALLEST = ["--size", "tiny", "--rounds", "2", "--dtype", "float32", "--device", "cpu"]
 
 
 def benchmark(tmp_path: Path, *args) -> tuple[dict, str]:
@@ -282,9 +357,10 @@ def test_benchmark_train_measures_all_three_in_turns(tmp_path):
     for name, text in V1_FILES.items():
         (tmp_path / "v1/model" / name).write_text(text)
     (tmp_path / "data.csv").write_text("text\nab\ncdef\n")
+    smallest = ["--size", "tiny", "--rounds", 2, "--device", "cpu", "--dtype", "float32"]
     row = ["--batch_size", 2, "--max_seq_len", 16, "--steps", 1]
     paths = ["--v1", tmp_path / "v1", "--data_path", tmp_path / "data.csv"]
-    figures, printed = benchmark(tmp_path, "train", *SMALLEST, *row, *paths)
+    figures, printed = benchmark(tmp_path, "train", *smallest, *row, *paths)
     assert list(figures["results"]) == ["ours", "transformers", "v1"]
     for name, result in figures["results"].items():
         assert len(result["rounds"]) == 2
@@ -297,3 +373,32 @@ def test_benchmark_train_measures_all_three_in_turns(tmp_path):
     # packed: one row holds both; padded: a row each, one token short
     assert figures["results"]["ours"]["real_share"] == pytest.approx((sum(lengths) - 2) / 16)
     assert figures["results"]["v1"]["real_share"] == pytest.approx((sum(lengths) - 2) / 30)
+
+
+def test_benchmark_decode_gives_everyone_the_same_weights(tmp_path):
+    smallest = ["--size", "tiny", "--rounds", 2, "--device", "cpu", "--dtypes", "float32", "--batch_sizes", 1, 2]
+    figures, printed = benchmark(tmp_path, "decode", *smallest, "--new_tokens", 4, "--prompt_tokens", 5)
+    assert [(case["dtype"], case["batch_size"]) for case in figures["cases"]] == [("float32", 1), ("float32", 2)]
+    for case in figures["cases"]:
+        assert list(case["results"]) == ["ours", "transformers"]
+        assert all(len(result["rounds"]) == 2 for result in case["results"].values())
+        assert case["same_tokens"] == 1.0
+        assert case["ratios"]["transformers"] > 0
+    assert "ours / transformers" in printed
+
+
+def test_the_llama_that_is_measured_computes_what_our_model_does(tiny_model):
+    model = tiny_model()
+    llama = script("benchmark").as_llama(model)
+    ids = torch.randint(3, 48, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(llama(ids).logits, model(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_benchmark_memory_writes_files_of_the_asked_size(tmp_path):
+    (tmp_path / "small.csv").write_text('text\n"一, 二\n三"\n四\n')
+    script("benchmark").write_corpus(tmp_path / "large.csv", tmp_path / "small.csv", 5000)
+    assert 5000 <= (tmp_path / "large.csv").stat().st_size < 5100
+    texts = [record["text"] for _, record in read_records(tmp_path / "large.csv", pytest.fail)]
+    assert texts[0].endswith("一, 二\n三") and texts[1].endswith("四")
+    assert len(set(texts)) == len(texts)  # a cache of equal texts would hide the cost
