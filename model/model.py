@@ -202,10 +202,7 @@ class Attention(nn.Module):
         starts: Tensor | None,
         mask: Tensor | None,  # (B, 1, T, S) bool, True where a query may look
     ) -> Tensor:
-        heads = (-1, self.config.head_dim)
-        q, k, v = (w(x).unflatten(-1, heads) for w in (self.wq, self.wk, self.wv))  # (B, T, heads, C)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, C)
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, rotary))  # (B, heads, T, C)
         if cache is not None:
             k, v = cache.append(layer, k, v)
             q = q.type_as(k)
@@ -219,6 +216,12 @@ class Attention(nn.Module):
         else:
             out = fused_attention(q, k, v, starts, mask)
         return self.wo(out.transpose(1, 2).flatten(2).type_as(x))
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, C), keys and values (B, T, K, C); queries and keys turned to their positions."""
+        heads = (-1, self.config.head_dim)
+        q, k, v = (w(x).unflatten(-1, heads) for w in (self.wq, self.wk, self.wv))
+        return rotate(q, *rotary), rotate(k, *rotary), v
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, mask: Tensor | None) -> Tensor:
