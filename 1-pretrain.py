@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         set_lr(optimizer, lr)
         batches = plan.batches(step)
         num_targets = run.sum(sum(batch.num_targets for batch in batches))
+        num_tokens = run.sum(sum(batch.num_tokens for batch in batches))
         step_loss = step_aux = 0.0
         for i, batch in enumerate(batches):
             with run.sync_grads(model, last=i == len(batches) - 1):
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         step_loss, step_aux = run.sum(step_loss), run.sum(step_aux)
         grad_norm = run.step(model, optimizer, args.grad_clip)
         run.check_finite(step_loss, grad_norm, f"step {step + 1}, learning rate {lr:.2e}, {plan.position(step)}")
-        log.step(step + 1, step_loss, lr, grad_norm, num_targets, step_aux, run.unwrap(model).expert_load())
+        log.step(step + 1, step_loss, lr, grad_norm, num_tokens, step_aux, run.unwrap(model).expert_load())
 
         stop = run.should_stop()
         if val_data and not stop and plan.due(step, args.val_interval):

@@ -705,6 +705,11 @@ class Batch(NamedTuple):
         """Labels that are trained."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def num_tokens(self) -> int:
+        """Inputs that are not padding; where `documents` is None only an epoch's last row has any, and it counts."""
+        return self.input_ids.numel() if self.documents is None else int((self.documents > 0).sum())
+
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch on that device."""
         return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))

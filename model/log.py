@@ -107,8 +107,8 @@ class Log:
     ) -> None:
         """Takes the figures of optimizer step `step` (counted from 1); prints means at every interval and step 1.
 
-        loss: mean over the step's target tokens, of all ranks. tokens: how many those were. aux, load: the MoE
-        balance loss and each expert's share.
+        loss: mean over the step's target tokens, of all ranks. tokens: its inputs that are not padding. aux, load:
+        the MoE balance loss and each expert's share.
         """
         self.loss_sum += loss
         self.aux_sum += aux
