@@ -63,7 +63,7 @@ def describe_range(low: float, high: float) -> str:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of Sampling but the seed, with its default."""
+    """A flag for every field of Sampling but the seed, with its default. Sampling(...) checks the values."""
     helps = {
         "temperature": "below 1: likely tokens become likelier; 0: always the likeliest",
         "top_k": "draw from the k likeliest tokens; 0: from all",
@@ -242,7 +242,7 @@ def stream(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | Sequence[int] = 512,
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),
     eos_id: int | None = Tokenizer.eos_id,
@@ -254,8 +254,8 @@ def stream(
     numbers from seed + i. A row that is finished leaves the batch.
 
     Args:
-        max_new_tokens: at most so many tokens a reply. Any length is computed, but a model is good only up to
-            config.max_seq_len tokens in all; fit_messages makes room.
+        max_new_tokens: at most so many tokens a reply; one number, or one for each row. Any length is computed,
+            but a model is good only up to config.max_seq_len tokens in all; fit_messages makes room.
         tokenizer: needed for text and stop strings.
         eos_id: the token that ends a reply; None: none does.
         sampling: the fields of Sampling.
@@ -263,8 +263,11 @@ def stream(
     """
     settings = Sampling(**sampling)
     check_prompts(prompts, model.config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts) or min(limits) < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; it must be at least 1, one number or one for each prompt"
+        )
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
     if model.training and model.config.dropout:
@@ -278,7 +281,7 @@ def stream(
     replies = [Reply(len(prompt)) for prompt in prompts]
 
     running = list(range(len(prompts)))  # rows of the batch, by their number
-    logits, cache = prefill(model, prompts, max_new_tokens - 1)
+    logits, cache = prefill(model, prompts, max(limits) - 1)
     while True:
         next_ids = sampler(logits)
         unfinished = []
@@ -292,7 +295,7 @@ def stream(
                     text = streamer.push(token)
                 if streamer and streamer.stopped:
                     reply.finish_reason = "stop"
-                elif len(reply.ids) == max_new_tokens:
+                elif len(reply.ids) == limits[row]:
                     reply.finish_reason = "length"
                 else:
                     unfinished.append(place)
