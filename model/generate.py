@@ -162,7 +162,7 @@ class Sampler:
             if self.eos_id is not None:  # every chat prompt holds it, and a reply must be able to end
                 penalized[:, self.eos_id] = logits[:, self.eos_id]
             logits = penalized
-        if temperature == 0:
+        if temperature < 1e-5:  # too near to 0 to divide by
             return logits.argmax(-1)
         uniform = torch.cat([torch.rand(1, 1, generator=self.generators[i]) for i in members])
         probs = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +204,8 @@ def test_distribution_by_hand():
 
 
 def test_distribution_at_the_edges():
-    assert close(distribution(LOGITS, temperature=1e-30), [1, 0, 0, 0])
+    for temperature in (1e-30, 1e-38):
+        assert close(distribution(LOGITS, temperature=temperature), [1, 0, 0, 0])
     assert close(distribution(LOGITS.bfloat16() * 0, temperature=0.7), [0.25] * 4)
     assert distribution(LOGITS.bfloat16(), temperature=0.7).dtype == torch.float32
 
@@ -252,7 +254,7 @@ def test_generate_repeats_less_with_a_penalty(tiny_model):
 
 
 def test_rows_with_settings_of_their_own():
-    rows = [Sampling(temperature=0), Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_k=0, seed=5)]
+    rows = [Sampling(temperature=5e-324), Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_k=0, seed=5)]
     logits = torch.randn(3, 50)
     mixed = Sampler(rows, [[1]] * 3, 50, CPU, 2)
     alone = [Sampler([row], [[1]], 50, CPU, 2) for row in rows]
@@ -262,6 +264,12 @@ def test_rows_with_settings_of_their_own():
         assert got[:2].tolist() == logits.argmax(-1)[:2].tolist()
     mixed.select([2])
     assert mixed(logits[2:]).item() == alone[2](logits[2:]).item()
+
+
+def test_rows_that_stay_keep_the_tokens_they_have_seen():
+    sampler = Sampler([Sampling(temperature=0, repetition_penalty=9.0)] * 2, [[3], [4]], 6, CPU, eos_id=2)
+    sampler.select([1])
+    assert sampler(torch.tensor([[0.0, 0.0, 0.0, 4.0, 5.0, 0.0]])).tolist() == [3]
 
 
 def test_seeds(tiny_model):
@@ -377,6 +385,11 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(tokenizer):
     assert streamer.finish() == "a"
 
 
+def test_of_two_stop_strings_in_one_token_the_first_counts():
+    streamer = TextStreamer(SimpleNamespace(token_bytes=lambda i: b"one, two"), ["two", ","])
+    assert streamer.push(0) == "one" and streamer.stopped
+
+
 @pytest.mark.parametrize("stop", ["a string", [""], [3]])
 def test_wrong_stop_strings_are_refused(tokenizer, stop):
     with pytest.raises(ValueError, match="stop must be a list"):
@@ -409,12 +422,12 @@ class Script:
 
 
 def test_stream_gives_text_as_it_comes_and_says_why_it_ended(tokenizer, tiny_config):
-    texts = ["好👧", "stop here", "too long"]
+    texts = ["好👧", "stop here", "too long", "top"]
     rows = [byte_ids(tokenizer, text) for text in texts]
     model = Script(rows, tiny_config())
     settings = dict(max_new_tokens=8, temperature=0, tokenizer=tokenizer, stop=["p h"])
-    pieces = list(stream(model, [[0], [1], [2]], **settings))
-    for row, (text, reason) in enumerate([("好👧", "stop"), ("sto", "stop"), ("too long", "length")]):
+    pieces = list(stream(model, [[0], [1], [2], [3]], **settings))
+    for row, (text, reason) in enumerate([("好👧", "stop"), ("sto", "stop"), ("too long", "length"), ("top", "stop")]):
         mine = [piece for piece in pieces if piece.row == row]
         assert "".join(piece.text for piece in mine) == mine[-1].reply.text == text
         assert mine[-1].reply.finish_reason == reason
@@ -429,6 +442,7 @@ def test_stream_gives_text_as_it_comes_and_says_why_it_ended(tokenizer, tiny_con
         "",
     ]
     assert [piece.text for piece in pieces if piece.row == 1] == ["s", "t", "o", "", "", ""]
+    assert [piece.text for piece in pieces if piece.row == 3] == ["t", "o", "", "p"]  # may have become "p h"
     assert [reply.completion_tokens for reply in generate(model, [[0], [1], [2]], **settings)] == [7, 6, 8]
 
 
