@@ -711,8 +711,9 @@ class Batch(NamedTuple):
         return self.input_ids.numel() if self.documents is None else int((self.documents > 0).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns the batch on that device."""
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        """Returns the batch on that device. Not non_blocking: Apple GPUs would read memory already freed (pytorch
+        issue 189690), and CUDA gains nothing without pinned memory."""
+        return Batch(*(None if x is None else x.to(device) for x in self))
 
 
 class _Rows:
