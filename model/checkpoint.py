@@ -56,8 +56,19 @@ def remove_leftovers(folder: Path, stem: str) -> None:
     """Deletes temporary files that killed runs of this name left in the folder."""
     for path in folder.glob(f".{stem}*.tmp"):
         pid = path.name.rsplit(".", 2)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not is_running(int(pid)):
             path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """True if there is a process of that number, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_tensors(value: Any, file: IO[bytes]) -> None:
@@ -100,14 +111,14 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is damaged or holds more than tensors, which could run code; it was not loaded"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        if "out of memory" in str(error) or "can't allocate" in str(error):
+    except Exception as error:  # damaged bytes may raise anything, IndexError and struct.error among others
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
             raise
         raise ValueError(f"{path} is damaged or not a PyTorch file; copy or train it again") from None
 

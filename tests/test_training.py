@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import atomic_write, find_weights, load_model, read_meta
+from model.checkpoint import atomic_write, find_weights, load_model, read_meta, remove_leftovers
 from model.cli import one_line
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -335,13 +335,15 @@ class Hostile:
 def damaged_files(folder: Path) -> dict[str, Path]:
     """name -> a .pth that must be refused."""
     good = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2)).state_dict()
-    paths = {name: folder / f"{name}.pth" for name in ("truncated", "hostile", "text", "empty", "size", "partial")}
+    paths = {name: folder / f"{name}.pth" for name in ("truncated", "hostile", "text", "empty", "pop", "short", "size", "partial")}
     torch.save(good, paths["truncated"])
     whole = paths["truncated"].read_bytes()
     paths["truncated"].write_bytes(whole[: len(whole) // 2])
     torch.save({"tok_embeddings.weight": Hostile()}, paths["hostile"])
     paths["text"].write_text("not a checkpoint")
     paths["empty"].write_bytes(b"")
+    paths["pop"].write_bytes(b"\x80\x02.")  # pickles of an old torch.save, on which torch.load raises what
+    paths["short"].write_bytes(b"\x80\x02X\x01")  # Python's list.pop and struct.unpack do
     other = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=500))
     torch.save(other.state_dict(), paths["size"])
     torch.save({name: value for name, value in good.items() if "layers.1.attention.wo" not in name}, paths["partial"])
@@ -411,6 +413,15 @@ def test_find_weights_lists_what_there_is(tmp_path):
     assert find_weights("pretrain", tmp_path, "small") == tmp_path / "pretrain_512.pth"
     with pytest.raises(ValueError, match=r"there are: pretrain_512\.pth"):
         find_weights("full_sft", tmp_path, "small")
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".pretrain_32.pth.{pid}.tmp").touch()
+    remove_leftovers(tmp_path, "pretrain_32")
+    assert {path.name.split(".")[3] for path in tmp_path.iterdir()} == {str(os.getpid()), str(os.getppid())}
 
 
 def test_atomic_write_keeps_the_old_file_when_the_block_fails(tmp_path):
