@@ -35,6 +35,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is not one this toolkit runs on; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: this machine or this torch build has no CUDA; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -134,13 +136,14 @@ class Run:
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
             )
+            # the other ranks wait here while rank 0 tokenizes the data, which may take hours
+            self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
         # fp16 has few exponent bits: small gradients vanish unless the loss is scaled up. No other format needs it.
         needs_scaler = self.device.type == "cuda" and self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(enabled=needs_scaler)
         random.seed(args.seed)
         torch.manual_seed(args.seed + self.rank)
         self.stop_requested: str | None = None  # the name of the signal that asked to save and stop
-        self._listen()
         dtype_name = str(self.dtype).removeprefix("torch.")
         self.print(f"device {self.device}, {dtype_name} ({reason}), {self.world_size} process(es), seed {args.seed}")
 
@@ -152,7 +155,8 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.stop_requested = signal.Signals(number).name
-            self.print(f"\n{self.stop_requested}: saving after this step; once more to stop without saving")
+            if self.is_main:  # print could be what was interrupted, and it cannot be entered twice
+                os.write(2, f"\n{self.stop_requested}: saving after this step; once more to stop at once\n".encode())
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
@@ -163,10 +167,22 @@ class Run:
             print(*values, flush=True)
 
     def main_first(self, build: Callable[[], Any]) -> Any:
-        """Runs `build` on rank 0, then on the others: they find what rank 0 has written."""
+        """Runs `build` on rank 0, then on the others: they find what rank 0 has written.
+
+        Raises: what `build` raises; the other ranks then leave with exit code 2 and say nothing.
+        """
+        if self.backend == "none":
+            return build()
+        built = error = None
         if self.is_main:
-            built = build()
-        self.barrier()
+            try:
+                built = build()
+            except (ValueError, OSError) as caught:
+                error = caught
+        failed = torch.tensor(error is not None, dtype=torch.int32)
+        dist.all_reduce(failed, group=self.patient)
+        if failed:
+            raise error or SystemExit(2)
         return built if self.is_main else build()
 
     def place(self, model: nn.Module, args) -> None:
@@ -184,7 +200,11 @@ class Run:
             model.compile()
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer as the launcher needs them; weights are made equal on all ranks."""
+        """The model and optimizer as the launcher needs them; weights are made equal on all ranks.
+
+        From here on there is something to save: the first Ctrl-C or SIGTERM no longer ends the process.
+        """
+        self._listen()
         if self.backend == "ddp":
             devices = [self.device] if self.device.type == "cuda" else None
             # an expert may get no token in a step, and then its weights no gradient

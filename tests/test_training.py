@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from model.checkpoint import atomic_write, find_weights, load_model, read_meta, remove_leftovers
-from model.cli import one_line
+from model.cli import one_line, run_main
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.runtime import pick_device
 from model.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -220,6 +221,18 @@ def test_sigterm_saves_and_resume_is_bit_identical(data_dir, tmp_path):
         assert [row["loss"] for row in log_rows(out)] == [row["loss"] for row in log_rows(tmp_path / "whole")]
 
 
+def test_a_signal_before_the_first_step_ends_at_once_and_overwrites_nothing(data_dir, tmp_path):
+    """Tokenizing may take hours; nothing is worth saving then, least of all over the weights of another run."""
+    data = tmp_path / "pretrain_data.csv"
+    data.write_text("text\n" + "学而时习之不亦说乎\n" * 200_000, encoding="utf-8")
+    process = start([*flags(tmp_path, tmp_path, *TINY, "--batch_size", "2"), "--val_path", ""])
+    assert process.stdout.readline().startswith("device cpu")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert [path.name for path in tmp_path.iterdir()] == ["pretrain_data.csv"], output
+
+
 def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command("1-pretrain.py", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -371,6 +384,34 @@ def test_errors_are_one_line_with_exit_code_2(data_dir, tmp_path):
     assert [line for line in missing.stderr.splitlines() if line.startswith("error:") and "none.csv" in line]
     no_weights = run_script("3-full_sft.py", "--out_dir", str(tmp_path / "nothing"), "--size", "tiny")
     assert no_weights.returncode == 2 and "1-pretrain.py" in no_weights.stderr and "Traceback" not in no_weights.stderr
+
+
+def test_ranks_say_once_that_the_data_is_missing(tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = ["--data_path", str(tmp_path / "none.csv"), "--out_dir", str(tmp_path), *TINY]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command("1-pretrain.py", *arguments, launcher=torchrun), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "none.csv" in errors[0] and "1-pretrain.py\", line" not in done.stderr  # no traceback of ours
+
+
+def test_running_out_of_memory_is_one_line_with_exit_code_2(capsys):
+    def main():
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory (")
+
+
+@pytest.mark.parametrize("name", ["xpu", "meta", "gpu", "cpu:x"])
+def test_a_device_this_toolkit_does_not_run_on_is_refused(name):
+    with pytest.raises(ValueError, match=f"device '{name}'"):
+        pick_device(name)
 
 
 def test_another_tokenizer_is_refused(data_dir, tmp_path):
