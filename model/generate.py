@@ -96,8 +96,7 @@ def distribution(
     "Turning Up the Heat: Min-p Sampling".
     """
     V = logits.shape[-1]
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = logits.float() / temperature
     if 0 < top_k < V:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     probs = logits.softmax(-1)
