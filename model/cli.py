@@ -117,7 +117,7 @@ def add_training_flags(
     add("--data_path", default=str(ROOT / "dataset" / data), help=f"training data (default: dataset/{data})")
     add(
         "--val_path",
-        help="held-out data; '' for none (default: dataset/%s_val.csv if it is there)" % stem,
+        help=f"held-out data; '' for none (default: dataset/{stem}_val.csv if it is there)",
     )
     parser.set_defaults(default_val_path=str(ROOT / "dataset" / f"{stem}_val.csv"))
     add(
