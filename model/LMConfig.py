@@ -36,8 +36,9 @@ class LMConfig:
             self.n_kv_heads = self.n_heads
         self.n_shared_experts = int(self.n_shared_experts or 0)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         if self.ffn_dim < 1:
             raise ValueError(f"hidden_dim is {self.hidden_dim}; it must be at least 1, or None for v1's rule")
         if self.n_shared_experts < 0:
@@ -83,15 +84,16 @@ class LMConfig:
         """Raises ValueError on a field this version does not know, which would change the model silently."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown model setting {unknown[0]!r}; was the file written by a newer version?")
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"unknown model setting {unknown[0]!r}; there are {known}")
         return cls(**values)
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "LMConfig":
-        """The configuration of a named size, with single fields replaced."""
+        """The configuration of a named size, with single fields replaced. Raises ValueError on unknown names."""
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **overrides})
+        return cls.from_dict(SIZES[size] | overrides)
 
 
 SIZES = {
