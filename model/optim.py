@@ -39,11 +39,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the matrices with AdamW for the rest."""
+    """AdamW, or Muon for the matrices with AdamW for the rest.
+
+    A fused optimizer takes it on itself to skip a step whose float16 gradients overflowed; Muon leaves that to the
+    GradScaler.
+    """
     groups = parameter_groups(model, weight_decay, muon=name == "muon")
     device = next(model.parameters()).device.type
     cls = Muon if name == "muon" else torch.optim.AdamW
-    return cls(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=device in ("cuda", "cpu"))
+    return cls(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=cls is not Muon and device in ("cuda", "cpu"))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
