@@ -45,12 +45,8 @@ class Log:
         if not run.is_main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = kept_records(path, start_step) if start_step else []
-        with atomic_write(path, "w") as file:
-            file.writelines(line + "\n" for line in kept)
-        self.file = open(path, "a", encoding="utf-8")
-        self._write(
-            "run",
+        about = dict(
+            type="run",
             step=start_step,
             args=vars(args),
             config=model.config.to_dict(),
@@ -61,6 +57,8 @@ class Log:
             peak_tflops=round(self.peak_flops / 1e12, 3),
             versions=versions(),
         )
+        # written with the first step: a run that fails before it leaves the log of the weights that are there
+        self.head = [*(kept_records(path, start_step) if start_step else []), json.dumps(about, ensure_ascii=False)]
         if args.use_wandb:
             self._start_wandb(args)
 
@@ -76,7 +74,7 @@ class Log:
 
             if not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
                 os.environ["WANDB_MODE"] = "offline"
-                self.run.print("wandb: not logged in, recording offline under wandb/")
+                self.run.print(f"wandb: not logged in, recording offline under {self.path.parent}/wandb")
             name = args.wandb_run_name or f"{self.path.stem}-bs{args.batch_size}-lr{args.learning_rate}"
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=vars(args), dir=str(self.path.parent))
         except Exception as error:
@@ -85,10 +83,14 @@ class Log:
     def _write(self, kind: str, **record) -> None:
         record = {"type": kind} | record
         self.last[kind] = record
-        if self.file:
+        if self.run.is_main:
+            if not self.file:
+                with atomic_write(self.path, "w") as file:
+                    file.writelines(line + "\n" for line in self.head)
+                self.file = open(self.path, "a", encoding="utf-8")
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.file.flush()
-        if self.wandb and kind != "run":
+        if self.wandb:
             numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
             try:
                 self.wandb.log(numbers, step=record["step"])
@@ -135,9 +137,8 @@ class Log:
             record |= dict(aux_loss=round(self.aux_sum / self.steps, 6), expert_load=[round(x, 4) for x in load])
             extra = f" | aux {record['aux_loss']:.4f} | load {' '.join(f'{x:.2f}' for x in load)}"
         self._write("step", **record)
-        width = len(str(self.total_steps))
         self.print(
-            f"step {step:0{width}d}/{self.total_steps} | loss {record['loss']:.4f} | lr {lr:.2e} | "
+            f"step {step:05d}/{self.total_steps:05d} | loss {record['loss']:.4f} | lr {lr:.2e} | "
             f"gnorm {record['grad_norm']:.2f} | {speed:,.0f} tok/s | mfu {record['mfu']:.0%} | "
             f"mem {record['memory_gib']:.1f}GiB | eta {record['eta_minutes']:.1f}m{extra}"
         )
