@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.tokenizer_dir)
     if args.init_from:
         model, _ = load_model(args.init_from, tokenizer=tokenizer)
+        model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)
     else:
         sizes = {"vocab_size": tokenizer.vocab_size, "max_seq_len": args.max_seq_len}
         model = Transformer(LMConfig.from_size(args.size, **(sizes | overrides(args.override))))

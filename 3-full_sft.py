@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     init_from = find_weights(args.init_from or "pretrain", args.out_dir, args.size)
     model, _ = load_model(init_from, tokenizer=tokenizer)
     run.print(f"starting from {init_from}")
+    model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)
     run.place(model, args)
 
     # 3. The data: whole conversations, packed into rows; only answers have labels
