@@ -179,12 +179,14 @@ def read_meta(path: Path) -> dict | None:
     try:
         with open(path.with_suffix(".json"), encoding="utf-8") as file:
             meta = json.load(file)
+        if not {"config", "tokenizer"} <= meta.keys():
+            raise KeyError
         known = {meta["sha256"]: meta}
         if meta.get("previous"):
             known[meta["previous"]["sha256"]] = meta["previous"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path.with_suffix('.json')} is damaged; remove it to load the weights without it") from None
     found = known.get(file_sha256(path))
     if found is None:
@@ -301,8 +303,11 @@ class Checkpoint:
         self.identity = plan.identity() | {
             "tokenizer": tokenizer.fingerprint,
             "optimizer": args.optimizer,
+            "weight_decay": args.weight_decay,  # kept in the optimizer's state: a new value would be ignored
             "dtype": str(run.dtype),
+            "isolate_documents": getattr(args, "isolate_documents", None),
         }
+        self.identity |= {f"model {name}": value for name, value in model.config.to_dict().items()}
         self.saved_step: int | None = None
 
     def start(self, resume: bool) -> int:
@@ -312,6 +317,8 @@ class Checkpoint:
         """
         if resume and self.resume_path.exists():
             saved = load_tensors(self.resume_path)
+            if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
+                raise ValueError(f"{self.resume_path} is no resume file; remove it, or start anew without --resume")
             for name, now in self.identity.items():
                 if saved["identity"].get(name) != now:
                     raise ValueError(

@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from model.checkpoint import atomic_write, find_weights, load_model, read_meta, remove_leftovers
-from model.cli import one_line, run_main
+from model.cli import one_line, overrides, run_main
 from model.LMConfig import LMConfig
 from model.model import Transformer
+from model.optim import make_optimizer
 from model.runtime import pick_device
 from model.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = ["--override", "dim=32", "n_layers=2", "n_heads=4", "n_kv_heads=2"]
+HALF_HEADS = ["--override", "dim=32", "n_layers=2", "n_heads=2", "n_kv_heads=1"]
 WORDS = "春 夏 秋 冬 山 水 风 月 花 鸟 one two three four 学而时习之 不亦说乎 有朋自远方来".split()
 
 
@@ -139,9 +141,12 @@ def test_both_stages_learn_and_report_held_out_figures(data_dir, tmp_path):
     sft = flags(
         data_dir, tmp_path, "--size", "tiny", "--init_from", "pretrain_32", "--batch_size", "4", data="sft_data"
     )
+    sft[sft.index("--max_seq_len") + 1] = "96"
     assert stage("3-full_sft")([*sft, "--epochs", "4", "--learning_rate", "1e-2"]) == 0
     rows = log_rows(tmp_path, "full_sft_32")
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    configs = [read_meta(tmp_path / f"{name}.pth")["config"] for name in ("pretrain_32", "full_sft_32")]
+    assert [config["max_seq_len"] for config in configs] == [64, 96]  # what generating may use
     state = weights(tmp_path, "full_sft_32")
     assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])
 
@@ -169,6 +174,25 @@ def test_optimizers_cover_every_parameter_once_and_learn(optimizer, data_dir, tm
     extra = ["--optimizer", optimizer, "--epochs", "2", "--batch_size", "4", "--learning_rate", "5e-3"]
     assert pretrain(data_dir, tmp_path, *extra) == 0
     assert log_rows(tmp_path)[-1]["loss"] < 5.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_overflowed_gradients_leaves_the_weights(optimizer):
+    """As the first steps of float16 do, while the GradScaler looks for its scale."""
+    model = Transformer(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu")
+    stepper = make_optimizer(model, optimizer, 1e-2, 0.1)
+    scaler.scale(model(torch.arange(8)[None])[0].sum() * float("inf")).backward()
+    scaler.unscale_(stepper)
+    scaler.step(stepper)
+    assert_same(before, model.state_dict())
+
+
+@pytest.mark.parametrize("pair", ["width=3", "dim=3.5", "dim='x'", "n_layers=True"])
+def test_an_override_that_is_no_setting_is_a_clear_error(pair):
+    with pytest.raises(ValueError, match="width" if "width" in pair else "must be a whole number"):
+        LMConfig.from_size("tiny", **overrides([pair]))
 
 
 def test_muon_step_has_equal_singular_values():
@@ -290,6 +314,13 @@ def test_resume_with_other_data_or_batch_is_refused(data_dir, tmp_path):
         pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "8", "--resume")
     with pytest.raises(ValueError, match="seed was 1337, now it is 7"):
         pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", "--seed", "7")
+    with pytest.raises(ValueError, match="model n_heads was 4, now it is 2"):  # the same shapes, another model
+        pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", *HALF_HEADS)
+    with pytest.raises(ValueError, match="isolate_documents was False, now it is True"):
+        pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", "--isolate_documents")
+    (tmp_path / "pretrain_32_resume.pth").write_bytes(before)
+    with pytest.raises(ValueError, match="is no resume file"):
+        pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume")
     assert (tmp_path / "pretrain_32.pth").read_bytes() == before
 
 
@@ -308,7 +339,7 @@ def test_kill_between_the_two_renames_leaves_weights_with_their_own_metadata(dat
 
 def test_non_finite_loss_stops_and_keeps_the_last_save(data_dir, tmp_path):
     assert pretrain(data_dir, tmp_path, "--max_steps", "2", "--batch_size", "4") == 0
-    files = {path: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}  # the log of these weights too
     model_state = weights(tmp_path)
     model_state["norm.weight"] = torch.full_like(model_state["norm.weight"], float("nan"))
     torch.save(model_state, tmp_path / "bad.pth")
@@ -348,7 +379,8 @@ class Hostile:
 def damaged_files(folder: Path) -> dict[str, Path]:
     """name -> a .pth that must be refused."""
     good = Transformer(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2)).state_dict()
-    paths = {name: folder / f"{name}.pth" for name in ("truncated", "hostile", "text", "empty", "pop", "short", "size", "partial")}
+    names = "truncated hostile text empty pop short size partial".split()
+    paths = {name: folder / f"{name}.pth" for name in names}
     torch.save(good, paths["truncated"])
     whole = paths["truncated"].read_bytes()
     paths["truncated"].write_bytes(whole[: len(whole) // 2])
@@ -395,7 +427,8 @@ def test_ranks_say_once_that_the_data_is_missing(tmp_path):
     )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "none.csv" in errors[0] and "1-pretrain.py\", line" not in done.stderr  # no traceback of ours
+    assert len(errors) == 1 and "none.csv" in errors[0]
+    assert '1-pretrain.py", line' not in done.stderr  # no traceback of ours
 
 
 def test_running_out_of_memory_is_one_line_with_exit_code_2(capsys):
