@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Held-out text
     if args.data_path:
-        isolate = meta.get("args", {}).get("isolate_documents", False)  # measured the way it was trained
+        isolate = not meta.get("args", {}).get("cross_documents", False)  # measured the way it was trained
         data = PretrainData(args.data_path, tokenizer, limit, isolate=isolate)
         figures = measure(model, data, args.batch_size, device)
         if args.json:

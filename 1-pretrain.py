@@ -34,9 +34,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--override", nargs="+", default=[], metavar="NAME=VALUE", help="LMConfig fields, e.g. dim=384")
     parser.add_argument("--init_from", help="start from these weights (.pth) instead of random ones")
     parser.add_argument(
-        "--isolate_documents",
+        "--cross_documents",
         action="store_true",
-        help="attention stays inside a document; by default it may look back",
+        help="attention may look back into the documents before; by default it stays inside each document, which "
+        "learned faster in the time (docs/benchmarks.md)",
     )
     add_training_flags(
         parser,
@@ -68,7 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     # 3. The data: documents laid end to end, cut into full rows
     def open_data(path):
         return PretrainData(
-            path, tokenizer, args.max_seq_len, isolate=args.isolate_documents, seed=args.seed, workers=args.num_workers
+            path,
+            tokenizer,
+            args.max_seq_len,
+            isolate=not args.cross_documents,
+            seed=args.seed,
+            workers=args.num_workers,
         )
 
     data = run.main_first(lambda: open_data(args.data_path))

@@ -305,7 +305,7 @@ class Checkpoint:
             "optimizer": args.optimizer,
             "weight_decay": args.weight_decay,  # kept in the optimizer's state: a new value would be ignored
             "dtype": str(run.dtype),
-            "isolate_documents": getattr(args, "isolate_documents", None),
+            "cross_documents": getattr(args, "cross_documents", None),
         }
         self.identity |= {f"model {name}": value for name, value in model.config.to_dict().items()}
         self.saved_step: int | None = None

@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 pretrain_settings() {
   case $1 in
     fast) echo "--optimizer muon --max_steps 60 --batch_size 8 --max_seq_len 256 --learning_rate 8e-3" ;;
-    tiny) echo "--optimizer muon --max_steps 800 --batch_size 16 --max_seq_len 256 --learning_rate 8e-3 --isolate_documents" ;;
+    tiny) echo "--optimizer muon --max_steps 800 --batch_size 16 --max_seq_len 256 --learning_rate 8e-3" ;;
     small) echo "--optimizer muon --epochs 2 --batch_size 32 --learning_rate 4e-3" ;;
     base) echo "--optimizer muon --epochs 2 --batch_size 32 --learning_rate 2e-3" ;;
     moe) echo "--optimizer muon --epochs 2 --batch_size 32 --learning_rate 2e-3" ;;

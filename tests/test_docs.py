@@ -54,7 +54,10 @@ def test_every_command_runs(tmp_path):
     """
     rows = [{"text": f"第{i}个句子：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"} for i in range(300)]
     (tmp_path / "CORPUS.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    chats = [{"instruction": f"请你解释一下第{i}句话的意思。", "output": f"这是第{i}个回答，谢谢你的提问。"} for i in range(300)]
+    chats = [
+        {"instruction": f"请你解释一下第{i}句话的意思。", "output": f"这是第{i}个回答，谢谢你的提问。"}
+        for i in range(300)
+    ]
     (tmp_path / "CONVERSATIONS.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats), encoding="utf-8")
     dataset, out = tmp_path / "dataset", tmp_path / "out"
     dataset.mkdir()

@@ -253,7 +253,8 @@ def test_generate_repeats_less_with_a_penalty(tiny_model):
 
 
 def test_rows_with_settings_of_their_own():
-    rows = [Sampling(temperature=5e-324), Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_k=0, seed=5)]
+    rows = [Sampling(temperature=5e-324), Sampling(temperature=1.0, top_k=1)]
+    rows.append(Sampling(temperature=1.0, top_k=0, seed=5))
     logits = torch.randn(3, 50)
     mixed = Sampler(rows, [[1]] * 3, 50, CPU, 2)
     alone = [Sampler([row], [[1]], 50, CPU, 2) for row in rows]

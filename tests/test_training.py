@@ -316,8 +316,8 @@ def test_resume_with_other_data_or_batch_is_refused(data_dir, tmp_path):
         pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", "--seed", "7")
     with pytest.raises(ValueError, match="model n_heads was 4, now it is 2"):  # the same shapes, another model
         pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", *HALF_HEADS)
-    with pytest.raises(ValueError, match="isolate_documents was False, now it is True"):
-        pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", "--isolate_documents")
+    with pytest.raises(ValueError, match="cross_documents was False, now it is True"):
+        pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume", "--cross_documents")
     (tmp_path / "pretrain_32_resume.pth").write_bytes(before)
     with pytest.raises(ValueError, match="is no resume file"):
         pretrain(data_dir, tmp_path, "--max_steps", "4", "--batch_size", "4", "--resume")
