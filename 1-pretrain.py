@@ -17,7 +17,7 @@ import argparse
 
 import torch.nn.functional as F
 
-from model.checkpoint import Checkpoint, load_model
+from model.checkpoint import Checkpoint, find_weights, load_model
 from model.cli import add_training_flags, overrides, resolve_val_path, run_main
 from model.dataset import IGNORE, PretrainData
 from model.LMConfig import SIZES, LMConfig
@@ -32,7 +32,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small", help="model size (default: small, 26M)")
     parser.add_argument("--override", nargs="+", default=[], metavar="NAME=VALUE", help="LMConfig fields, e.g. dim=384")
-    parser.add_argument("--init_from", help="start from these weights (.pth) instead of random ones")
+    parser.add_argument(
+        "--init_from", help="start from these weights, a .pth or its name in --out_dir, and not from random ones"
+    )
     parser.add_argument(
         "--cross_documents",
         action="store_true",
@@ -58,12 +60,18 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. The model
     tokenizer = load_tokenizer(args.tokenizer_dir)
+    chosen = overrides(args.override)
     if args.init_from:
-        model, _ = load_model(args.init_from, tokenizer=tokenizer)
+        init_from = find_weights(args.init_from, args.out_dir, args.size)
+        model, _ = load_model(init_from, tokenizer=tokenizer)
+        model.config.require(chosen)
         model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)
+        run.print(f"starting from {init_from}")
     else:
-        sizes = {"vocab_size": tokenizer.vocab_size, "max_seq_len": args.max_seq_len}
-        model = Transformer(LMConfig.from_size(args.size, **(sizes | overrides(args.override))))
+        config = LMConfig.from_size(args.size, **chosen)
+        config.vocab_size, config.max_seq_len = tokenizer.vocab_size, args.max_seq_len
+        config.require(chosen)
+        model = Transformer(config)
     run.place(model, args)
 
     # 3. The data: documents laid end to end, cut into full rows
@@ -79,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     data = run.main_first(lambda: open_data(args.data_path))
     val_path = resolve_val_path(args)
+    run.print(f"held-out data: {val_path or 'none'}")
     val_data = run.main_first(lambda: open_data(val_path)) if val_path else None
     plan = Plan(data, args, run)
 
@@ -116,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         log.step(step + 1, step_loss, lr, grad_norm, num_tokens, step_aux, run.unwrap(model).expert_load())
 
         stop = run.should_stop()
-        if val_data and not stop and plan.due(step, args.val_interval):
+        if val_data and plan.due(step, args.val_interval) and not (stop and step + 1 < plan.total_steps):
             log.validation(step + 1, **run.held_out(model, val_data, args.batch_size))
         if stop or plan.due(step, args.save_interval):
             checkpoint.save(step + 1, log.figures())

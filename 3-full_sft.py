@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
     data = run.main_first(lambda: open_data(args.data_path))
     val_path = resolve_val_path(args)
+    run.print(f"held-out data: {val_path or 'none'}")
     val_data = run.main_first(lambda: open_data(val_path)) if val_path else None
     plan = Plan(data, args, run)
 
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         log.step(step + 1, step_loss, lr, grad_norm, num_tokens, step_aux, run.unwrap(model).expert_load())
 
         stop = run.should_stop()
-        if val_data and not stop and plan.due(step, args.val_interval):
+        if val_data and plan.due(step, args.val_interval) and not (stop and step + 1 < plan.total_steps):
             log.validation(step + 1, **run.held_out(model, val_data, args.batch_size))
         if stop or plan.due(step, args.save_interval):
             checkpoint.save(step + 1, log.figures())

@@ -76,6 +76,15 @@ class LMConfig:
         """What follows the stage in a file name: 512, or 512_moe."""
         return f"{self.dim}_moe" if self.use_moe else str(self.dim)
 
+    def require(self, values: dict) -> None:
+        """Raises ValueError unless the fields have these values: what was asked for cannot be had with this model."""
+        for name, value in values.items():
+            if getattr(self, name, None) != value:
+                raise ValueError(
+                    f"{name}={value} was asked for, but it is {getattr(self, name, 'unknown')}: it comes with the "
+                    "weights, the tokenizer (vocab_size) or --max_seq_len"
+                )
+
     def to_dict(self) -> dict:
         return asdict(self)
 

@@ -113,13 +113,11 @@ def add_training_flags(
     """Flags of every training stage; v1's names where v1 had them. `data`: the file under dataset/ read by default."""
     add_place_flags(parser)
     add = parser.add_argument
-    stem = data.removesuffix(".csv").removesuffix("_data")
     add("--data_path", default=str(ROOT / "dataset" / data), help=f"training data (default: dataset/{data})")
     add(
         "--val_path",
-        help=f"held-out data; '' for none (default: dataset/{stem}_val.csv if it is there)",
+        help="held-out data; '' for none (default: X_val.csv beside the training data X_data.csv, if it is there)",
     )
-    parser.set_defaults(default_val_path=str(ROOT / "dataset" / f"{stem}_val.csv"))
     add(
         "--val_interval",
         type=non_negative_int,
@@ -168,7 +166,11 @@ def add_training_flags(
     )
     add("--grad_checkpoint", action="store_true", help="less memory for activations, about a third more time")
     add("--compile", action="store_true", help="torch.compile the model; needs a C++ compiler on CPU")
-    add("--num_workers", type=positive_int, help="cores that tokenize the data at the first run (default: all)")
+    add(
+        "--num_workers",
+        type=non_negative_int,
+        help="cores that tokenize the data at the first run; 0: all (default: all)",
+    )
     add("--log_interval", type=positive_int, default=100, help="optimizer steps between log lines (default: 100)")
     add(
         "--save_interval",
@@ -183,7 +185,10 @@ def add_training_flags(
 
 
 def resolve_val_path(args: argparse.Namespace) -> str | None:
-    """The held-out file to use: the one given, else the stage's default if it exists."""
+    """The held-out file to use: the one given, else X_val beside the training data X_data or X, if it exists."""
     if args.val_path is None:
-        return args.default_val_path if os.path.exists(args.default_val_path) else None
+        data = Path(args.data_path)
+        name, dot, endings = data.name.partition(".")
+        beside = data.with_name(name.removesuffix("_data") + "_val" + dot + endings)
+        return str(beside) if beside.exists() else None
     return args.val_path or None

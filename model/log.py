@@ -58,7 +58,9 @@ class Log:
             versions=versions(),
         )
         # written with the first step: a run that fails before it leaves the log of the weights that are there
-        self.head = [*(kept_records(path, start_step) if start_step else []), json.dumps(about, ensure_ascii=False)]
+        kept = kept_records(path, start_step) if start_step else []
+        self.head = [*kept, json.dumps(about, ensure_ascii=False)]
+        self.last = {record["type"]: record for record in map(json.loads, kept)}
         if args.use_wandb:
             self._start_wandb(args)
 

@@ -515,3 +515,23 @@ def test_wandb_offline_records_and_no_wandb_does_not_stop_the_run(data_dir, tmp_
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert pretrain(data_dir, tmp_path / "without", *more) == 0
+
+
+def test_what_the_weights_fix_cannot_be_overridden(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=100 was asked for, but it is 6400"):
+        pretrain(data_dir, tmp_path, "--max_steps", "1", "--override", "dim=32", "n_heads=8", "vocab_size=100")
+    assert pretrain(data_dir, tmp_path, "--max_steps", "1", "--batch_size", "4") == 0
+    with pytest.raises(ValueError, match="n_layers=3 was asked for, but it is 2"):
+        pretrain(data_dir, tmp_path, "--init_from", "pretrain_32", "--override", "n_layers=3")
+
+
+def test_held_out_data_is_looked_for_beside_the_training_data(data_dir):
+    from argparse import Namespace
+
+    from model.cli import resolve_val_path
+
+    def found(name, val_path=None):
+        return resolve_val_path(Namespace(data_path=str(data_dir / name), val_path=val_path))
+
+    assert found("pretrain_data.csv") == str(data_dir / "pretrain_val.csv")
+    assert found("other.csv") is None and found("pretrain_data.csv", "") is None and found("x", "own.csv") == "own.csv"
