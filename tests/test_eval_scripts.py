@@ -359,7 +359,7 @@ class Terminal:
 
 
 def test_ctrl_c_interrupts_a_reply_and_ctrl_d_leaves(out_dir):
-    long = ["--max_new_tokens", "1000000", "--max_seq_len", "1000100"]
+    long = ["--max_new_tokens", "100000", "--max_seq_len", "100100"]
     with Terminal(command(CHAT, out_dir, *long)) as terminal:
         terminal.wait_for("> ")
         terminal.type("你好\n")
@@ -378,7 +378,7 @@ def test_ctrl_c_interrupts_a_reply_and_ctrl_d_leaves(out_dir):
 
 
 def test_ctrl_c_while_answering_questions_ends_the_script(out_dir):
-    arguments = command(CHAT, out_dir, "--prompt", "你好", "--max_new_tokens", "1000000", "--max_seq_len", "1000100")
+    arguments = command(CHAT, out_dir, "--prompt", "你好", "--max_new_tokens", "100000", "--max_seq_len", "100100")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert b"parameters" in process.stderr.readline()  # loaded
         time.sleep(0.5)
