@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: data that is not in the repository, and models small enough to be exact about."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 
 REPO = Path(__file__).resolve().parents[1]
+
+
+# Started in the background of a shell, pytest ignores Ctrl-C, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def test_every_command_runs(tmp_path):
     dataset, out = tmp_path / "dataset", tmp_path / "out"
     dataset.mkdir()
     (dataset / "tokenizer_train.jsonl").write_bytes((tmp_path / "CORPUS.jsonl").read_bytes())
-    short = ["--out_dir", str(out), "--max_steps", "1", "--max_seq_len", "32", "--batch_size", "2"]
+    short = ["--out_dir", str(out), "--max_steps", "1", "--max_seq_len", "128", "--batch_size", "2"]
     tiny = [*short, "--device", "cpu", "--dtype", "float32"]
     extra = {
         "1-pretrain.py": [*tiny, "--data_path", str(dataset / "pretrain_data.csv"), "--val_path", ""],
