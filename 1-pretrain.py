@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = overrides(args.override)
     if args.init_from:
         init_from = find_weights(args.init_from, args.out_dir, args.size)
-        model, _ = load_model(init_from, tokenizer=tokenizer)
+        model, _ = load_model(init_from, tokenizer=tokenizer, n_heads=chosen.get("n_heads"))
         model.config.require(chosen)
         model.config.max_seq_len = max(model.config.max_seq_len, args.max_seq_len)
         run.print(f"starting from {init_from}")

@@ -370,7 +370,8 @@ def test_cached_logits_are_uncached_ones(tiny_model, path, moe, chunks):
     model, ids = tiny_model(use_moe=moe, **path), random_ids(2, 90)  # max_seq_len is 64
     cache = KVCache(model.config, 2, 90)
     got = torch.cat([model(chunk, cache=cache)[0] for chunk in ids.split(chunks, 1)], 1)
-    assert_near(got, model(ids)[0], 1e-5)
+    want = model(ids)[0]
+    assert_near(got, want, 5e-6 * want.abs().max().item())  # about 40 float32 roundings of the largest logit
     assert cache.length == 90
     with pytest.raises(ValueError, match="90"):
         model(ids[:, :1], cache=cache)
