@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from model.dataset import IGNORE, Batch, PretrainData, SFTData
 
@@ -265,7 +266,9 @@ class Run:
         was_training = model.training
         model.eval()
         nats = 0.0
-        for start in range(self.rank * batch_size, data.num_rows, batch_size * self.world_size):
+        starts = range(self.rank * batch_size, data.num_rows, batch_size * self.world_size)
+        hidden = not (self.is_main and sys.stderr.isatty())
+        for start in tqdm(starts, desc="held-out", delay=2, leave=False, disable=hidden):
             batch = data.rows(0, start, start + batch_size).to(self.device)
             keep = batch.labels != IGNORE
             with self.autocast():
