@@ -25,8 +25,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from model.checkpoint import find_weights, load_model
-from model.cli import add_place_flags, number, positive_int, run_main
+from model.checkpoint import find_adapters, find_weights, load_model
+from model.cli import add_lora_flag, add_place_flags, number, positive_int, run_main
 from model.dataset import IGNORE, PretrainData
 from model.generate import Sampling, add_sampling_flags, fit_prompt, prepare, stream
 from model.LMConfig import SIZES
@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max_seq_len", type=number(int, 8), help="tokens of text and continuation (default: what it was trained on)")
     add("--batch_size", type=positive_int, default=16, help="texts, or rows, computed together (default: 16)")
     add("--json", action="store_true", help="write JSON, an object a line")
+    add_lora_flag(parser)
     add_sampling_flags(parser)
     add_place_flags(parser)
     return parser.parse_args(argv)
@@ -75,9 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         keep_freed_memory()
     tokenizer = load_tokenizer(args.tokenizer_dir)
     path = find_weights(args.weight, args.out_dir, args.size)
-    model, meta = load_model(path, tokenizer=tokenizer, n_heads=args.n_heads)
+    adapters = find_adapters(args.lora, args.out_dir, args.size)
+    model, meta = load_model(path, tokenizer=tokenizer, n_heads=args.n_heads, adapters=adapters)
     millions = model.num_parameters() / 1e6
-    print(f"{path}: {millions:.1f}M parameters, {device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
+    files = " + ".join(map(str, [path, *adapters]))
+    print(f"{files}: {millions:.1f}M parameters, {device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
     model = prepare(model, device, dtype)
     limit = args.max_seq_len or model.config.max_seq_len
 

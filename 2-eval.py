@@ -6,6 +6,7 @@ Run     python 2-eval.py                                      a chat; /help list
         python 2-eval.py --prompt 你是谁？ 画蛇添足是什么意思？    answers, each to a question of its own
         python 2-eval.py --prompts_file questions.txt --json  answers as JSON, an object a line
         python 2-eval.py --weight pretrain --size tiny        another stage, another size
+        python 2-eval.py --lora identity                      with an adapter of 4-lora_sft.py
 
 与模型对话，或回答一组问题。
 读入    out/full_sft_{dim}[_moe].pth，或用 --weight 指定
@@ -14,6 +15,7 @@ Run     python 2-eval.py                                      a chat; /help list
         python 2-eval.py --prompt 你是谁？ 画蛇添足是什么意思？（逐个回答，互不相干）
         python 2-eval.py --prompts_file questions.txt --json（以 JSON 逐行输出回答）
         python 2-eval.py --weight pretrain --size tiny（其他阶段、其他大小的模型）
+        python 2-eval.py --lora identity（加上 4-lora_sft.py 训练的适配器）
 """
 
 import argparse
@@ -26,8 +28,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from model.checkpoint import atomic_write, find_weights, load_model
-from model.cli import add_place_flags, non_negative_int, number, one_line, positive_int, run_main
+from model.checkpoint import atomic_write, find_adapters, find_weights, load_model
+from model.cli import add_lora_flag, add_place_flags, non_negative_int, number, one_line, positive_int, run_main
 from model.dataset import read_records
 from model.generate import FittedPrompt, Sampling, add_sampling_flags, fit_messages, generate, prepare, stream
 from model.LMConfig import SIZES
@@ -50,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--weight",
         default="full_sft",
-        help="pretrain, full_sft, lora_NAME or rl in --out_dir, or a .pth (default: full_sft)",
+        help="pretrain, full_sft or rl in --out_dir, or a .pth (default: full_sft)",
     )
     add("--size", choices=SIZES, default="small", help="model size, for the file's name (default: small)")
     add("--n_heads", type=positive_int, help="query heads of a .pth without .json (default: 16, as all of v1)")
@@ -63,6 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--stop", nargs="+", default=[], metavar="TEXT", help="end a reply before any of these")
     add("--batch_size", type=positive_int, default=16, help="questions answered together (default: 16)")
     add("--json", action="store_true", help="with questions: write JSON, an object a line")
+    add_lora_flag(parser)
     add_sampling_flags(parser)
     add_place_flags(parser)
     return parser.parse_args(argv)
@@ -79,9 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         keep_freed_memory()
     tokenizer = load_tokenizer(args.tokenizer_dir)
     path = find_weights(args.weight, args.out_dir, args.size)
-    model, _ = load_model(path, tokenizer=tokenizer, n_heads=args.n_heads)
+    adapters = find_adapters(args.lora, args.out_dir, args.size)
+    model, _ = load_model(path, tokenizer=tokenizer, n_heads=args.n_heads, adapters=adapters)
     millions = model.num_parameters() / 1e6
-    print(f"{path}: {millions:.1f}M parameters, {device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
+    files = " + ".join(map(str, [path, *adapters]))
+    print(f"{files}: {millions:.1f}M parameters, {device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
     model = prepare(model, device, dtype)
 
     chat = Chat(args, model, tokenizer, sampling)

@@ -115,6 +115,8 @@ DEMO_FILES = {
     "sft_val_new.csv": "facts that sft_data.csv does not have",
     "dpo/train_data.json": "preference pairs",
     "dpo/val_data.json": "preference pairs in held-out wordings",
+    "lora_data.csv": "another persona and how to use this toolkit, for LoRA",
+    "lora_val.csv": "the facts of lora_data.csv asked in held-out wordings",
 }
 
 

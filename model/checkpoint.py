@@ -20,6 +20,7 @@ from typing import IO, Any
 import torch
 
 from model.LMConfig import SIZES, LMConfig
+from model.lora import LoRAConfig, adapter_state, add_adapter, check_fit, merge_state
 from model.model import Transformer
 from model.tokenizer import Tokenizer
 
@@ -202,30 +203,90 @@ def load_model(
     *,
     tokenizer: Tokenizer | None = None,
     n_heads: int | None = None,
+    adapters: list[Path] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Transformer, dict]:
     """The model of a .pth in float32 and eval mode, and its metadata ({} for a v1 file).
 
+    adapters: files of LoRA adapters that were trained on these weights, to be merged in, in this order.
     Raises: ValueError when the file is damaged, was changed since it was written, fits no configuration, or
-    belongs to another tokenizer; FileNotFoundError.
+    belongs to another tokenizer, or an adapter to other weights; FileNotFoundError.
     """
     path = Path(path)
-    state = read_state_dict(path)
-    meta = read_meta(path)
-    if meta:
-        config = LMConfig.from_dict(meta["config"])
-    else:
-        config = config_from_shapes(path, state, n_heads or V1_HEADS)
-    if tokenizer is not None:
-        check_tokenizer(path, config, meta, tokenizer)
+    state, config, meta = read_base(path, tokenizer, n_heads)
+    for file in adapters or []:
+        adapter, lora, _ = read_adapter(file, path, config, tokenizer)
+        merge_state(state, adapter, lora.scale)
     with torch.device("meta"):
         model = Transformer(config)
-    check_shapes(path, state, model)
     model.load_state_dict(state, assign=True)
     model.output.weight = model.tok_embeddings.weight
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.to(device).eval(), meta or {}
+
+
+def read_base(
+    path: Path, tokenizer: Tokenizer | None = None, n_heads: int | None = None
+) -> tuple[dict[str, torch.Tensor], LMConfig, dict | None]:
+    """State dict, configuration and metadata of a whole model's .pth. Raises: as load_model."""
+    state = read_state_dict(path)
+    meta = read_meta(path)
+    if meta and "lora" in meta:
+        raise ValueError(f"{path} is an adapter; give it as --lora, and as weights the model that it was trained on")
+    config = LMConfig.from_dict(meta["config"]) if meta else config_from_shapes(path, state, n_heads or V1_HEADS)
+    if tokenizer is not None:
+        check_tokenizer(path, config, meta, tokenizer)
+    with torch.device("meta"):
+        check_shapes(path, state, Transformer(config))
+    return state, config, meta
+
+
+def read_adapter(
+    path: Path, base: Path, config: LMConfig, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, torch.Tensor], LoRAConfig, dict]:
+    """An adapter's tensors, settings and metadata, checked to be made for the weights in `base`.
+
+    Raises: ValueError when it is for another size, tokenizer or base, is empty, or holds other tensors than it should.
+    """
+    state = read_state_dict(path)
+    meta = read_meta(path)
+    if meta is None or "lora" not in meta:
+        raise ValueError(
+            f"{path} is no adapter: there is no {path.with_suffix('.json').name} that says what it changes"
+        )
+    theirs = LMConfig.from_dict(meta["config"])
+    for name, value in theirs.to_dict().items():
+        if name != "max_seq_len" and value != getattr(config, name):
+            raise ValueError(f"{path} is for a model with {name}={value}, {base} has {getattr(config, name)}")
+    if tokenizer is not None:
+        check_tokenizer(path, theirs, meta, tokenizer)
+    lora = LoRAConfig(**meta["lora"])
+    with torch.device("meta"):
+        model = Transformer(config)
+        add_adapter(model, lora)
+    check_fit({name: value.shape for name, value in adapter_state(model).items()}, state, str(path))
+    if (found := file_sha256(base)) != meta["base"]["sha256"]:
+        raise ValueError(
+            f"{path} was trained on {meta['base']['file']} of sha256 {meta['base']['sha256'][:16]}..., but {base} has "
+            f"sha256 {found[:16]}...; give the weights it was trained on, or train it again on these"
+        )
+    return state, lora, meta
+
+
+def find_adapters(names: str | None, out_dir: Path | str, size: str | LMConfig) -> list[Path]:
+    """The files meant by `--lora NAME[,NAME]`: names in out_dir, or paths. Raises: ValueError listing those there."""
+    config = LMConfig.from_size(size) if isinstance(size, str) else size
+    paths = []
+    for name in filter(None, (names or "").split(",")):
+        candidates = [Path(name), weights_path(out_dir, f"lora_{name.removeprefix('lora_')}", config)]
+        found = [path for path in candidates if path.is_file()]
+        if not found:
+            files = sorted(Path(out_dir).glob("lora_*.pth"))
+            there = ", ".join(path.name for path in files if not path.stem.endswith(("_resume", "_ref")))
+            raise ValueError(f"no adapter {name!r}: {candidates[1]} does not exist; there are: {there or 'none'}")
+        paths.append(found[0])
+    return paths
 
 
 def check_tokenizer(path: Path, config: LMConfig, meta: dict | None, tokenizer: Tokenizer) -> None:
@@ -273,7 +334,7 @@ def find_weights(name_or_path: str, out_dir: Path | str, size: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    there = sorted(path.name for path in out_dir.glob("*.pth") if not path.stem.endswith("_resume"))
+    there = sorted(path.name for path in out_dir.glob("*.pth") if not path.stem.endswith(("_resume", "_ref")))
     sizes = ", ".join(f"{name} {LMConfig.from_size(name).name_suffix}" for name in SIZES)
     hint = (
         f"; in {out_dir} there are: {', '.join(there)} (sizes: {sizes})"
@@ -284,9 +345,23 @@ def find_weights(name_or_path: str, out_dir: Path | str, size: str) -> Path:
 
 
 class Checkpoint:
-    """Writes and resumes the files of one training run: weights, metadata, resume file."""
+    """Writes and resumes the files of one training run: weights, metadata, resume file.
 
-    def __init__(self, run, stage: str, model: Transformer, optimizer, tokenizer: Tokenizer, plan, args):
+    model: the Transformer itself, before `run.wrap`. adapter: for LoRA, its settings and the base weights' file;
+    then only the trained tensors are written.
+    """
+
+    def __init__(
+        self,
+        run,
+        stage: str,
+        model: Transformer,
+        optimizer,
+        tokenizer: Tokenizer,
+        plan,
+        args,
+        adapter: tuple[LoRAConfig, Path] | None = None,
+    ):
         self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
         self.path = weights_path(args.out_dir, stage, model.config)
         self.resume_path = self.path.with_name(f"{self.path.stem}_resume.pth")
@@ -308,60 +383,82 @@ class Checkpoint:
             "cross_documents": getattr(args, "cross_documents", None),
         }
         self.identity |= {f"model {name}": value for name, value in model.config.to_dict().items()}
+        self.names = None  # of the tensors that are written; None: all
+        if adapter:
+            lora, base = adapter
+            self.about |= {"lora": lora.to_dict(), "base": {"file": base.name, "sha256": file_sha256(base)}}
+            self.identity |= {f"adapter's {name}": value for name, value in lora.to_dict().items()}
+            self.identity["base weights"] = self.about["base"]["sha256"]
+            self.names = set(adapter_state(model))
         self.saved_step: int | None = None
 
     def start(self, resume: bool) -> int:
         """The step to start from: 0, or with `resume` the one the resume file was written after, loaded.
 
+        To be called before `run.wrap`, which gives every rank its share of what is loaded here.
         Raises: ValueError when the resume file belongs to another run: other data, batch, seed, or model.
         """
-        if resume and self.resume_path.exists():
-            saved = load_tensors(self.resume_path)
-            if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
-                raise ValueError(f"{self.resume_path} is no resume file; remove it, or start anew without --resume")
-            for name, now in self.identity.items():
-                if saved["identity"].get(name) != now:
-                    raise ValueError(
-                        f"cannot resume {self.resume_path}: {name} was {saved['identity'].get(name)}, now it is {now}; "
-                        "give what it was, or start anew without --resume"
-                    )
-            check_shapes(self.resume_path, saved["model"], self.model)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.run.scaler.load_state_dict(saved["scaler"])
-            self.run.set_rng_state(saved["rng"])
-            self.saved_step = saved["step"]
-            self.run.print(f"resuming {self.resume_path} after step {self.saved_step} of {self.plan.total_steps}")
-            return self.saved_step
-        if resume:
+        self.run.require_same(json.dumps(self.identity), "what is to be trained")
+        step = self._load() if resume and self.resume_path.exists() else 0
+        self.run.require_same(str(step), f"the step of {self.resume_path.name}")
+        if resume and not step:
             self.run.print(f"nothing to resume: {self.resume_path} does not exist; starting at step 0")
-        elif self.path.exists():
+        elif not resume and self.path.exists():
             self.run.print(f"{self.path} will be replaced at the first save")
-        return 0
+        return step
+
+    def _load(self) -> int:
+        saved = load_tensors(self.resume_path)
+        if not isinstance(saved, dict) or not isinstance(saved.get("identity"), dict):
+            raise ValueError(f"{self.resume_path} is no resume file; remove it, or start anew without --resume")
+        for name, now in self.identity.items():
+            before = saved["identity"].get(name)
+            if before != now:
+                what = "give what it was"
+                if name == "rows_per_step":
+                    what = f"--batch_size x --accumulation_steps x {self.run.world_size} process(es) must be {before}"
+                raise ValueError(
+                    f"cannot resume {self.resume_path}: {name} was {before}, now it is {now}; "
+                    f"{what}, or start anew without --resume"
+                )
+        own = self.model.state_dict()
+        if self.names is None:
+            check_shapes(self.resume_path, saved["model"], self.model)
+        else:
+            check_fit({name: own[name].shape for name in self.names}, saved["model"], str(self.resume_path))
+        for name, value in saved["model"].items():
+            own[name].copy_(value)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.run.parallel.scaler.load_state_dict(saved["scaler"])
+        self.run.set_rng_states(saved["rng"])
+        self.saved_step = saved["step"]
+        processes = "" if len(saved["rng"]) == self.run.world_size else f", saved by {len(saved['rng'])} process(es)"
+        self.run.print(f"resuming {self.resume_path} after step {saved['step']} of {self.plan.total_steps}{processes}")
+        return self.saved_step
 
     def save(self, step: int, figures: dict) -> None:
         """Writes all files after `step` steps; `figures` (losses) go into the metadata. Does nothing if done before.
 
-        The resume file holds the weights too: it is whole by itself, wherever a kill leaves the other two.
+        Every rank must call, rank 0 writes. The resume file holds the weights too: it is whole by itself, wherever a
+        kill leaves the other two.
         """
         if step == self.saved_step:
             return
+        state = self.run.parallel.weights(self.model, self.names)
+        resume = {
+            "model": state,
+            "optimizer": self.run.parallel.optimizer_state(),
+            "scaler": self.run.parallel.scaler.state_dict(),
+            "rng": self.run.rng_states(),
+            "step": step,
+            "identity": self.identity,
+        }
         if self.run.is_main:
-            state = {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
-            state["output.weight"] = state["tok_embeddings.weight"]
+            if self.names is None:
+                state["output.weight"] = state["tok_embeddings.weight"]
             remove_leftovers(self.path.parent, self.path.stem)
             with atomic_write(self.resume_path) as file:
-                write_tensors(
-                    {
-                        "model": state,
-                        "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.run.scaler.state_dict(),
-                        "rng": self.run.rng_state(),
-                        "step": step,
-                        "identity": self.identity,
-                    },
-                    file,
-                )
+                write_tensors(resume, file)
             progress = {"step": step, "total_steps": self.plan.total_steps, "finished": step >= self.plan.total_steps}
             save_weights(self.path, state, self.about | progress | figures)
         self.run.barrier()

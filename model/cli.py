@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     ValueError, OSError and running out of memory are the user's (a wrong value, a missing file, a full disk);
     anything else is a fault of ours and keeps its traceback. MINIMIND_DEBUG=1 shows the traceback in every case.
+    Of several processes on a machine the first one speaks: they see the same files and flags. When one of them ends,
+    the others say so and end too.
     """
     try:
         sys.exit(main())
@@ -28,13 +31,26 @@ def run_main(main: Callable[[], int | None]) -> None:
         out_of_memory = (
             isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
         )
-        if os.environ.get("MINIMIND_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
+        lost = not out_of_memory and isinstance(error, RuntimeError) and lost_process(error)
+        if os.environ.get("MINIMIND_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory and not lost):
             raise
         text = one_line(error)
+        if lost:
+            text = (
+                f"rank {os.environ['RANK']}: another process of this run has ended ({text[:120]}); if it said nothing, "
+                "it was killed or had no memory left. The last save is whole: add --resume to continue"
+            )
+        elif isinstance(error, (ValueError, OSError)) and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
         if out_of_memory:
             text = f"out of memory ({text[:120]}); use a smaller --batch_size or --max_seq_len, or --grad_checkpoint"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """True for what gloo and nccl raise in a process when another one of the run is gone."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|nccl|peer|process group", str(error), re.I)
 
 
 def one_line(error: BaseException) -> str:
@@ -101,6 +117,53 @@ def add_place_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out_dir", default=str(ROOT / "out"), help="folder of the weights (default: out)")
 
 
+def add_lora_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every script that runs trained weights: adapters on top of them."""
+    parser.add_argument(
+        "--lora", metavar="NAME[,NAME]", help="adapters trained on these weights, merged in, in order: names or files"
+    )
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the stages that train an adapter."""
+    add = parser.add_argument
+    add("--rank", type=positive_int, default=8, help="r: A is r x in, B is out x r (default: 8)")
+    add("--alpha", type=positive_float, default=16, help="the addition is alpha / rank * B A (default: 16)")
+    add(
+        "--dropout",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="probability of leaving an input of A out, in training (default: 0)",
+    )
+    add(
+        "--target",
+        type=names,
+        default="wq,wk,wv,wo,w1,w2,w3",
+        help="matrices with an addition, by any part of their names: also attention, feed_forward, experts, "
+        "shared_experts, all (default: wq,wk,wv,wo,w1,w2,w3, in every expert too)",
+    )
+    add(
+        "--modules_to_save",
+        type=names,
+        default="",
+        help="modules trained whole, e.g. tok_embeddings,output, which are one tensor (default: none)",
+    )
+
+
+def add_general_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of the stages after full fine-tuning, which can make a model forget what that taught."""
+    parser.add_argument(
+        "--general_path",
+        help="held-out general instructions whose loss is measured before and after; '' for none (default: "
+        "dataset/sft_val.csv, if it is there)",
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """An argparse type: the words between commas."""
+    return tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
 def add_training_flags(
     parser: argparse.ArgumentParser,
     *,
@@ -109,6 +172,7 @@ def add_training_flags(
     batch_size: int,
     data: str,
     wandb_project: str,
+    weight_decay: float = 0.1,
 ) -> None:
     """Flags of every training stage; v1's names where v1 had them. `data`: the file under dataset/ read by default."""
     add_place_flags(parser)
@@ -157,7 +221,12 @@ def add_training_flags(
         default="adamw",
         help="muon: for the matrices, adamw for the rest (default: adamw)",
     )
-    add("--weight_decay", type=non_negative_float, default=0.1, help="of matrices (default: 0.1)")
+    add(
+        "--weight_decay",
+        type=non_negative_float,
+        default=weight_decay,
+        help=f"of matrices (default: {weight_decay:g})",
+    )
     add(
         "--grad_clip",
         type=non_negative_float,
@@ -178,6 +247,21 @@ def add_training_flags(
         default=1000,
         help="optimizer steps between saves; the end is always saved (default: 1000)",
     )
+    add(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: every process keeps a share of weights, gradients and optimizer state (FSDP2)",
+    )
+    add("--cpu_offload", action="store_true", help="with --fsdp: keep the shares in the CPU's memory")
+    add(
+        "--deepspeed",
+        nargs="?",
+        const="zero2",
+        metavar="CONFIG",
+        help="under torchrun or deepspeed: ZeRO as a JSON file says, or zero1, zero2, zero3 for those in scripts/ "
+        "(without a word, and under the deepspeed launcher: zero2)",
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--resume", action="store_true", help="continue an interrupted run from its last save")
     add("--use_wandb", action="store_true", help="log to Weights & Biases too; WANDB_MODE=offline works")
     add("--wandb_project", default=wandb_project, help=f"(default: {wandb_project})")
@@ -185,10 +269,22 @@ def add_training_flags(
 
 
 def resolve_val_path(args: argparse.Namespace) -> str | None:
-    """The held-out file to use: the one given, else X_val beside the training data X_data or X, if it exists."""
+    """The held-out file to use: the one given, else X_val beside the training data X_data or X, if it exists.
+
+    Beside train_data, as v1 called its preference pairs, it is val_data.
+    """
     if args.val_path is None:
         data = Path(args.data_path)
         name, dot, endings = data.name.partition(".")
-        beside = data.with_name(name.removesuffix("_data") + "_val" + dot + endings)
+        held_out = "val_data" if name == "train_data" else name.removesuffix("_data") + "_val"
+        beside = data.with_name(held_out + dot + endings)
         return str(beside) if beside.exists() else None
     return args.val_path or None
+
+
+def if_there(path: str | None, default: str) -> str | None:
+    """The path given; if none was, the file under dataset/ of that name, if it exists; '' is none."""
+    if path is None:
+        default_path = ROOT / "dataset" / default
+        return str(default_path) if default_path.exists() else None
+    return path or None

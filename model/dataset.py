@@ -1,7 +1,7 @@
 """Data files to batches: reading, the token cache, packing into rows, the order of an epoch.
 
-    file --read_records--> record --to_text / to_messages--> text or messages
-         --token cache--> memory-mapped ids --packing--> rows of max_seq_len tokens --> Batch
+    file --read_records--> record --to_text / to_messages / to_pair--> text, messages or two answers
+         --token cache--> memory-mapped ids --packing--> rows of max_seq_len tokens --> Batch, PairBatch
 
 Nothing is tokenized during training: the first use of a file encodes it once, beside the file.
 """
@@ -370,7 +370,7 @@ def _string(value: object, name: str, empty: bool = False) -> str:
 #     pretrain_data.csv.cache-0123456789abcdef/
 #         tokens.bin    uint16 or uint32: all documents end to end
 #         offsets.bin   int64: document i is tokens[offsets[i] : offsets[i + 1]]
-#         mask.bin      uint8, SFT only: 1 where a token belongs to an answer
+#         mask.bin      uint8, not for pretraining: 1 where a token belongs to an answer that is trained
 #         meta.json     sizes, counts, what the cache was made of
 #
 # It is built in a temporary folder and renamed, under a lock on the data file itself: a kill leaves a folder
@@ -447,7 +447,44 @@ class _Conversations:
         return _Encoded(_flat(ids, np.uint32), ends, _flat(masks, np.uint8), num_bytes, counts)
 
 
-_Form = _Documents | _Conversations
+class _Pairs:
+    """DPO: a record becomes two documents, the prompt with the chosen and with the rejected answer, in this order."""
+
+    name = "dpo"
+    arrays = _Conversations.arrays
+    needs = 'JSON pairs {"prompt", "chosen", "rejected"}'
+
+    def __init__(self, max_seq_len: int) -> None:
+        self.max_seq_len = max_seq_len
+
+    def items(self, record: dict) -> Iterator[tuple[int, dict]]:
+        """Yields (characters, pair)."""
+        pair = to_pair(record)
+        texts = [message["content"] for message in pair["prompt"]] + [pair["chosen"], pair["rejected"]]
+        yield sum(map(len, texts)), pair
+
+    def encode(self, tokenizer: Tokenizer, items: list[dict]) -> _Encoded:
+        prompts = tokenizer.encode_chat_batch([pair["prompt"] for pair in items])
+        texts = tokenizer.encode_batch([pair[side] for pair in items for side in ("chosen", "rejected")])
+        answers = [ids + [tokenizer.eos_id] for ids in texts]
+        ids, masks, num_bytes = [], [], 0
+        counts = Counter({"pairs": 0, "prompts cut": 0, "pairs cut": 0})
+        for chat, *pair in zip(prompts, answers[::2], answers[1::2], strict=True):
+            prompt, cut = cut_pair(chat, pair, tokenizer.bos_id, self.max_seq_len)
+            if cut[0] == cut[1]:
+                counts["too long"] += 1
+                continue
+            counts["pairs"] += 1
+            counts["prompts cut"] += len(prompt) < len(chat.ids)
+            counts["pairs cut"] += cut != pair
+            ids += [prompt + answer for answer in cut]
+            masks += [[0] * len(prompt) + [1] * len(answer) for answer in cut]
+            num_bytes += sum(len(tokenizer.token_bytes(token)) for token in chain(*cut))
+        ends = np.cumsum([len(sequence) for sequence in ids], dtype=np.int64)
+        return _Encoded(_flat(ids, np.uint32), ends, _flat(masks, np.uint8), num_bytes, counts)
+
+
+_Form = _Documents | _Conversations | _Pairs
 
 
 def cut_conversation(chat: ChatTokens, bos_id: int, max_seq_len: int) -> tuple[list[tuple[list, list]], list[int]]:
@@ -475,6 +512,26 @@ def cut_conversation(chat: ChatTokens, bos_id: int, max_seq_len: int) -> tuple[l
         kept.append(turn)
     cuts = [(slice(system), slice(start, end - after)) for start, end in spans]
     return [(chat.ids[a] + chat.ids[b], chat.mask[a] + chat.mask[b]) for a, b in cuts], kept
+
+
+def cut_pair(
+    prompt: ChatTokens, answers: list[list[int]], bos_id: int, max_seq_len: int
+) -> tuple[list[int], list[list[int]]]:
+    """Returns (ids of the prompt, ids of both answers), each answer with the prompt at most max_seq_len + 1 ids.
+
+    The oldest turns (a question with its answer) of the prompt go first, for both sides the same; the system text
+    stays. If the last question alone leaves too little room, both answers end at the same length. The two come out
+    equal, perhaps empty, where nothing is left to tell them apart.
+    """
+    limit = max_seq_len + 1
+    system = prompt.ids.index(bos_id)  # its length
+    starts = [system, *prompt.turn_ends]  # of the turns; the last one is the question to answer
+    longest = max(map(len, answers))
+    fitting = (start for start in starts if system + len(prompt.ids) - start + longest <= limit)
+    start = next(fitting, starts[-1])
+    ids = prompt.ids[:system] + prompt.ids[start:]
+    room = max(limit - len(ids), 0)
+    return ids, [answer[:room] for answer in answers]
 
 
 def _flat(lists: Iterable[list[int]], dtype: type) -> np.ndarray:
@@ -690,6 +747,8 @@ def _encode_file(
 #                     inputs    [conversation 7 ......][conversation 2 ...][pad]
 #                     documents  1 1 1 1 1 1 1 1 1 1 1  2 2 2 2 2 2 2 2 2  0 0
 #
+# DPO needs the sum over each answer, so there a sequence is a row, padded to the longest of its batch only.
+#
 # <s> is never a label: nothing that comes before a document says that one begins.
 
 
@@ -716,8 +775,60 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x.to(device) for x in self))
 
 
-class _Rows:
-    """What PretrainData and SFTData share: the arrays of the cache, the figures, the random order."""
+class PairBatch(NamedTuple):
+    """P pairs, each sequence a row: rows 0 to P - 1 are the chosen ones, P to 2P - 1 the rejected, in the same order.
+
+    T is the length of the longest, so it differs from batch to batch.
+    """
+
+    input_ids: torch.Tensor  # (2P, T) int64; 0 where there is padding
+    labels: torch.Tensor  # (2P, T) int64: the token after each input; IGNORE but for the last answer
+    documents: torch.Tensor  # (2P, T) int32: 1, or 0 = padding
+    pairs: torch.Tensor  # (P,) int64: number of the pair, counted in the file over those used; -1 = no pair, padding
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are scored, of both sides."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Inputs that are not padding, of both sides."""
+        return int((self.documents > 0).sum())
+
+    @property
+    def num_chosen(self) -> int:
+        """Labels of the chosen answers."""
+        return int((self.labels[: len(self.pairs)] != IGNORE).sum())
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs without those that are only padding."""
+        return int((self.pairs >= 0).sum())
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """Returns the batch on that device, see Batch.to."""
+        return PairBatch(*(x.to(device) for x in self))
+
+
+class _Shuffled:
+    """An order of num_rows rows that the seed decides, another one each epoch."""
+
+    seed: int
+    num_rows: int
+    _shuffled: tuple | None = None  # the last epoch asked for and its order
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *purpose]))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = epoch, self._random(epoch).permutation(self.num_rows)
+        return self._shuffled[1]
+
+
+class _Rows(_Shuffled):
+    """What the data of one file share: the arrays of the cache, the figures, the random order."""
 
     def __init__(
         self, path: str | Path, tokenizer: Tokenizer, form: _Form, max_seq_len: int, seed: int, workers: int | None
@@ -728,16 +839,16 @@ class _Rows:
         self._mapped, self._meta = _open_cache(self.path, tokenizer, form, workers)
         arrays = {name: np.asarray(array) for name, array in self._mapped.items()}  # np.memmap slices slowly
         self._tokens, self._offsets, self._mask = arrays["tokens"], arrays["offsets"], arrays.get("mask")
-        self._shuffled: tuple | None = None  # the last epoch asked for and its order
         size, _, sample_hash = self._meta["file"]
         self.fingerprint = f"{size} bytes, {sample_hash[:16]}"  # of the file, wherever it lies
 
-    def _describe(self, num_rows: int, num_inputs: int, num_tokens: int) -> None:
-        """Sets the figures that callers read."""
+    def _describe(self, num_rows: int, num_inputs: int | None, num_tokens: int) -> None:
+        """Sets the figures that callers read; num_inputs is None where rows are not of max_seq_len."""
         self.num_rows, self.num_tokens = num_rows, num_tokens
         self.num_bytes: int = self._meta["num_bytes"]
-        fill = round(num_inputs / (num_rows * self.max_seq_len), 4)  # share of inputs that are not padding
-        figures = {"rows": num_rows, "fill": fill, "target_tokens": num_tokens, "target_bytes": self.num_bytes}
+        figures = {"rows": num_rows, "target_tokens": num_tokens, "target_bytes": self.num_bytes}
+        if num_inputs is not None:
+            figures["fill"] = round(num_inputs / (num_rows * self.max_seq_len), 4)  # share that is not padding
         self.stats: dict = self._meta["counts"] | figures
         self._release()
 
@@ -746,8 +857,22 @@ class _Rows:
         lengths -= self._offsets[documents]  # in place: there may be millions
         return lengths
 
-    def _random(self, *purpose: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([self.seed, *purpose]))
+    def _lay(
+        self, shape: tuple[int, int], documents: np.ndarray, at: np.ndarray, numbers: np.ndarray
+    ) -> list[torch.Tensor]:
+        """Returns input_ids, labels, documents, each of `shape` (B, T), of masked documents.
+
+        Document i begins at the flat index at[i] and has the number numbers[i]; the rest is padding.
+        """
+        lengths = self._lengths(documents) - 1  # the last token of a document is only a label
+        source, target = _ranges(self._offsets[documents], lengths), _ranges(at, lengths)
+        input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        laid = np.zeros(shape, np.int32)
+        input_ids.flat[target] = self._tokens[source]
+        labels.flat[target] = np.where(self._mask[source + 1], self._tokens[source + 1].astype(np.int64), IGNORE)
+        laid.flat[target] = np.repeat(numbers, lengths)
+        self._release()
+        return [torch.from_numpy(x) for x in (input_ids, labels, laid)]
 
     def _release(self) -> None:
         """Unmaps the pages read so far; the system keeps them cached. Without it the memory that a process is
@@ -841,8 +966,11 @@ class SFTData(_Rows):
 
     def rows(self, epoch: int, start: int, stop: int) -> Batch:
         """Returns rows [start, stop) of the epoch; those past num_rows are padding."""
+        return self._batch(self._order(epoch)[start:stop], stop - start)
+
+    def _batch(self, row: np.ndarray, size: int) -> Batch:
+        """Returns the rows with these numbers and padding, `size` rows in all."""
         T = self.max_seq_len  # noqa: N806
-        row = self._order(epoch)[start:stop]
         counts = self._row_starts[row + 1] - self._row_starts[row]
         samples = self._samples[_ranges(self._row_starts[row], counts)]
         lengths = self._lengths(samples) - 1
@@ -850,21 +978,99 @@ class SFTData(_Rows):
         before = np.cumsum(lengths) - lengths
         first = np.repeat(np.cumsum(counts) - counts, counts)  # of the samples of the same row
         at = np.repeat(np.arange(len(row)) * T, counts) + before - before[first]
-        source, target = _ranges(self._offsets[samples], lengths), _ranges(at, lengths)
+        return Batch(*self._lay((size, T), samples, at, np.arange(len(samples)) - first + 1))
 
-        input_ids = np.zeros((stop - start, T), np.int64)
-        labels = np.full((stop - start, T), IGNORE, np.int64)
-        documents = np.zeros((stop - start, T), np.int32)
-        input_ids.flat[target] = self._tokens[source]
-        labels.flat[target] = np.where(self._mask[source + 1], self._tokens[source + 1].astype(np.int64), IGNORE)
-        documents.flat[target] = np.repeat(np.arange(len(samples)) - first + 1, lengths)
+
+class DPOData(_Rows):
+    """Preference pairs: the prompt with the chosen and with the rejected answer; shuffled each epoch.
+
+    A row is a pair, two sequences as the chat template makes them, up to the </s> of the last answer, whose tokens
+    are the only labels. Over-long ones are cut alike on both sides, see cut_pair. num_tokens and num_bytes count the
+    answers of both sides. workers: threads that tokenize at the first use (default: all cores).
+    Raises: ValueError if the file is missing, unusable, or changes meanwhile.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer, max_seq_len: int, *, seed: int = 1337, workers: int | None = None
+    ) -> None:
+        super().__init__(path, tokenizer, _Pairs(max_seq_len), max_seq_len, seed, workers)
+        self._describe((len(self._offsets) - 1) // 2, None, int(np.count_nonzero(self._mask)))
+
+    def rows(self, epoch: int, start: int, stop: int) -> PairBatch:
+        """Returns pairs [start, stop) of the epoch's order; those past num_rows are padding."""
+        return self._batch(self._order(epoch)[start:stop], stop - start)
+
+    def in_order(self, start: int, stop: int) -> PairBatch:
+        """Returns pairs [start, stop) in the order of the file, numbered as in `rows`; padding past num_rows.
+
+        What is computed once per pair, such as log-probabilities of the reference, can so be looked up by `pairs`.
+        """
+        return self._batch(np.arange(start, min(stop, self.num_rows)), stop - start)
+
+    def num_answer_tokens(self) -> np.ndarray:
+        """Returns how many labels every sequence has, (2 * num_rows,) int64: chosen and rejected of a pair in turn."""
+        before = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])[self._offsets]
         self._release()
-        return Batch(*map(torch.from_numpy, (input_ids, labels, documents)))
+        return np.diff(before)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = epoch, self._random(epoch).permutation(self.num_rows)
-        return self._shuffled[1]
+    def _batch(self, pair: np.ndarray, size: int) -> PairBatch:
+        """Returns the pairs with these numbers and padding, `size` pairs in all."""
+        sequences = np.concatenate([2 * pair, 2 * pair + 1])
+        T = int(self._lengths(sequences).max(initial=2)) - 1  # noqa: N806
+        row = np.arange(len(pair))
+        at = np.concatenate([row, size + row]) * T
+        pairs = np.full(size, -1, np.int64)
+        pairs[: len(pair)] = pair
+        ones = np.ones(len(sequences), np.int32)
+        return PairBatch(*self._lay((2 * size, T), sequences, at, ones), torch.from_numpy(pairs))
+
+
+class MixedData(_Shuffled):
+    """Conversations with some of an earlier stage among them, so that what that stage taught is not forgotten.
+
+    Of an epoch's rows, `share` come from `replay`: M = share / (1 - share) times the rows of `data`, at least one.
+    The others are all the rows of `data`. The replayed ones go through `replay` in its own shuffled order, on from
+    where the epoch before stopped, so that over the epochs each has its turn. num_tokens and num_bytes are an
+    epoch's average, as the rows of `replay` differ in them.
+    Raises: ValueError if share is not between 0 and 1, or the two differ in seed or max_seq_len.
+    """
+
+    def __init__(self, data: SFTData, replay: SFTData, share: float) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share {share}: the part of the rows that is replayed must be above 0 and below 1")
+        for name in ("seed", "max_seq_len"):
+            if getattr(data, name) != getattr(replay, name):
+                raise ValueError(f"{name} {getattr(data, name)} and {getattr(replay, name)}: open both with the same")
+        self.data, self.replay, self.share = data, replay, share
+        self.seed, self.max_seq_len = data.seed, data.max_seq_len
+        self._num_replayed = max(1, round(data.num_rows * share / (1 - share)))
+        self.num_rows = data.num_rows + self._num_replayed
+        passes = self._num_replayed / replay.num_rows  # over `replay` in an epoch
+        self.num_tokens = data.num_tokens + round(passes * replay.num_tokens)
+        self.num_bytes = data.num_bytes + round(passes * replay.num_bytes)
+        self.fingerprint = f"{data.fingerprint}; {share} of the rows from {replay.fingerprint}"
+        figures = {"rows": self.num_rows, "target_tokens": self.num_tokens, "target_bytes": self.num_bytes}
+        self.stats: dict = figures | {"share": share, "data": data.stats, "replay": replay.stats}
+
+    def rows(self, epoch: int, start: int, stop: int) -> Batch:
+        """Returns rows [start, stop) of the epoch; those past num_rows are padding."""
+        row = self._order(epoch)[start:stop]  # the rows of `data`, then the replayed ones, have these numbers
+        is_new = row < self.data.num_rows
+        num_new = int(is_new.sum())
+        new = self.data._batch(row[is_new], num_new)
+        replayed = self._replayed(epoch, row[~is_new] - self.data.num_rows)
+        old = self.replay._batch(replayed, stop - start - num_new)  # with the padding
+        place = np.argsort(np.argsort(~is_new, kind="stable"))  # of every row among `new`, then `old`
+        place = torch.from_numpy(np.concatenate([place, np.arange(len(row), stop - start)]))
+        return Batch(*(torch.cat(both)[place] for both in zip(new, old, strict=True)))
+
+    def _replayed(self, epoch: int, index: np.ndarray) -> np.ndarray:
+        """Returns the numbers in `replay` of these of the epoch's replayed rows."""
+        passes, at = np.divmod(epoch * self._num_replayed + index, self.replay.num_rows)
+        rows = np.empty_like(at)
+        for number in np.unique(passes):
+            rows[passes == number] = self.replay._order(int(number))[at[passes == number]]
+        return rows
 
 
 def pack(lengths: np.ndarray, capacity: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ class Log:
         self.flops_per_token = training_flops_per_token(model, args.max_seq_len)
         self.peak_flops = measure_peak_flops(run.device, run.dtype) * run.world_size
         self.last: dict = {}  # the newest record of every kind, for the metadata beside the weights
+        self.general_before = 0.0  # loss on general instructions before training
         self.wandb = None
         self.file = None
         self.bar = tqdm(
@@ -60,12 +61,16 @@ class Log:
         # written with the first step: a run that fails before it leaves the log of the weights that are there
         kept = kept_records(path, start_step) if start_step else []
         self.head = [*kept, json.dumps(about, ensure_ascii=False)]
-        self.last = {record["type"]: record for record in map(json.loads, kept)}
+        for record in map(json.loads, kept):
+            self.last[record["type"]] = record
+            if record["type"] == "general":
+                self.general_before = self.general_before or record["loss"]
         if args.use_wandb:
             self._start_wandb(args)
 
     def _start_interval(self) -> None:
         self.loss_sum = self.aux_sum = self.norm_sum = 0.0
+        self.more_sums: dict[str, float] = {}
         self.tokens = self.steps = 0
         self.started = time.perf_counter()
 
@@ -85,7 +90,9 @@ class Log:
     def _write(self, kind: str, **record) -> None:
         record = {"type": kind} | record
         self.last[kind] = record
-        if self.run.is_main:
+        if self.run.is_main and record["step"] == 0:  # before training: goes in with the first step
+            self.head.append(json.dumps(record, ensure_ascii=False))
+        elif self.run.is_main:
             if not self.file:
                 with atomic_write(self.path, "w") as file:
                     file.writelines(line + "\n" for line in self.head)
@@ -107,16 +114,25 @@ class Log:
             sys.stdout.flush()
 
     def step(
-        self, step: int, loss: float, lr: float, grad_norm: float, tokens: float, aux: float, load: list[float] | None
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: float,
+        aux: float,
+        load: list[float] | None,
+        **more: float,
     ) -> None:
         """Takes the figures of optimizer step `step` (counted from 1); prints means at every interval and step 1.
 
-        loss: mean over the step's target tokens, of all ranks. tokens: its inputs that are not padding. aux, load:
-        the MoE balance loss and each expert's share.
+        loss: mean over the step's target tokens or pairs, of all ranks. tokens: its inputs that are not padding.
+        aux, load: the MoE balance loss and each expert's share. more: what else a stage has to tell.
         """
         self.loss_sum += loss
         self.aux_sum += aux
         self.norm_sum += grad_norm
+        self.more_sums = {name: self.more_sums.get(name, 0.0) + value for name, value in more.items()}
         self.tokens += tokens
         self.steps += 1
         self.bar.update()
@@ -134,10 +150,12 @@ class Log:
             memory_gib=round(peak_memory_bytes(self.run.device) / 2**30, 3),
             eta_minutes=round((self.total_steps - step) * seconds / self.steps / 60, 2),
         )
-        extra = ""
+        means = {name: round(total / self.steps, 5) for name, total in self.more_sums.items()}
+        record |= means
+        extra = "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
         if load is not None:
             record |= dict(aux_loss=round(self.aux_sum / self.steps, 6), expert_load=[round(x, 4) for x in load])
-            extra = f" | aux {record['aux_loss']:.4f} | load {' '.join(f'{x:.2f}' for x in load)}"
+            extra += f" | aux {record['aux_loss']:.4f} | load {' '.join(f'{x:.2f}' for x in load)}"
         self._write("step", **record)
         self.print(
             f"step {step:05d}/{self.total_steps:05d} | loss {record['loss']:.4f} | lr {lr:.2e} | "
@@ -146,30 +164,45 @@ class Log:
         )
         self._start_interval()
 
-    def validation(self, step: int, *, loss: float, bits_per_byte: float, tokens: int, seconds: float) -> None:
-        """Takes the held-out figures after `step` steps: nats a token, bits a byte of text."""
+    def validation(
+        self, step: int, *, loss: float, bits_per_byte: float, tokens: int, seconds: float, kind: str = "val"
+    ) -> None:
+        """Takes the held-out figures after `step` steps: nats a token, bits a byte of text.
+
+        kind: val for text of the kind that is trained; general for what the model could before and should keep.
+        """
         perplexity = math.exp(min(loss, 50.0))
-        self._write(
-            "val",
-            step=step,
-            loss=round(loss, 6),
-            perplexity=round(perplexity, 4),
-            bits_per_byte=round(bits_per_byte, 5),
-            tokens=tokens,
-        )
+        figures = {"loss": round(loss, 6), "perplexity": round(perplexity, 4)}
+        self._write(kind, step=step, **figures, bits_per_byte=round(bits_per_byte, 5), tokens=tokens)
+        name, change = "held-out", ""
+        if kind == "general":
+            self.general_before = self.general_before or loss
+            name = "general instructions"
+            if step:
+                change = f" | {loss / self.general_before - 1:+.1%} from {self.general_before:.4f} before training"
         self.print(
-            f"held-out after step {step} | loss {loss:.4f} | ppl {perplexity:.2f} | "
-            f"{bits_per_byte:.4f} bits/byte | {tokens:,} tokens in {seconds:.1f}s"
+            f"{name} after step {step} | loss {loss:.4f} | ppl {perplexity:.2f} | "
+            f"{bits_per_byte:.4f} bits/byte | {tokens:,} tokens in {seconds:.1f}s{change}"
         )
         self.started += seconds  # tokens per second are those of training
+
+    def pairs(self, step: int, seconds: float, **figures: float) -> None:
+        """Takes the figures of held-out preference pairs after `step` steps."""
+        self._write("val", step=step, **{name: round(value, 5) for name, value in figures.items()})
+        text = " | ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+        self.print(f"held-out pairs after step {step} | {text} | in {seconds:.1f}s")
+        self.started += seconds
 
     def figures(self) -> dict:
         """The newest training and held-out losses, for the metadata beside the weights."""
         train, val = self.last.get("step", {}), self.last.get("val", {})
-        return {
+        figures = {
             "train": {key: train[key] for key in ("step", "loss", "tokens_per_second", "expert_load") if key in train},
             "val": {key: value for key, value in val.items() if key != "type"},
         }
+        if "general" in self.last:
+            figures["general"] = {"loss": self.last["general"]["loss"], "loss_before": round(self.general_before, 6)}
+        return figures
 
     def close(self) -> None:
         self.bar.close()

@@ -1,4 +1,5 @@
-"""Where a run happens: device, number format, processes, signals. The only file that imports torch.distributed."""
+"""Where a run happens: device, number format, processes, signals. How they share a model is in parallel.py; no
+other file than these two knows of torch.distributed and DeepSpeed."""
 
 import contextlib
 import ctypes
@@ -17,10 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model.dataset import IGNORE, Batch, PretrainData, SFTData
+from model.dataset import IGNORE, Batch, DPOData, MixedData, PairBatch, PretrainData, SFTData
+from model.optim import has_bfloat16
+from model.parallel import DDP, FSDP, Single, ZeRO
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -51,19 +53,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The number format for products, and the reason for it; auto takes bfloat16 where the hardware has it."""
     if name != "auto":
         return DTYPES[name], "asked for"
+    if has_bfloat16(device):
+        return torch.bfloat16, "computed natively"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return torch.bfloat16, "the GPU computes it natively"
         return torch.float16, "the GPU is older than sm80, so float16 with a gradient scaler"
-    if device.type == "cpu" and cpu_has_bfloat16():
-        return torch.bfloat16, "the CPU computes it natively"
     return torch.float32, f"no native bfloat16 on this {device.type}"
-
-
-def cpu_has_bfloat16() -> bool:
-    """True where products of bfloat16 are hardware instructions (avx512_bf16 or amx_bf16)."""
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check is not None and check() for check in checks)
 
 
 def keep_freed_memory() -> None:
@@ -112,41 +106,94 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device of this process among those a launcher started on this machine: one GPU each.
+
+    Raises: ValueError when there are more processes than GPUs, or the launcher did not say which process this is.
+    """
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set in the environment but {missing[0]} is not; start with torchrun or deepspeed")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+    if device.type == "mps" and processes > 1:
+        raise ValueError(f"{processes} processes, but one Apple GPU; use one process, or --device cpu")
+    if device.type != "cuda":
+        return device
+    if processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes on this machine, but {torch.cuda.device_count()} CUDA device(s): one process a "
+            f"device, --nproc_per_node {torch.cuda.device_count()}"
+        )
+    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+
+
+def pick_parallel(args, device: torch.device, dtype: torch.dtype, launched: bool) -> Single:
+    """How the processes share the model, as flags and launcher ask. Raises: ValueError when they do not fit."""
+    if args.fsdp and args.deepspeed:
+        raise ValueError("--fsdp and --deepspeed exclude each other")
+    if (args.fsdp or args.deepspeed) and not launched:
+        flag = "--fsdp" if args.fsdp else "--deepspeed"
+        script = os.path.basename(sys.argv[0])
+        raise ValueError(f"{flag} needs a launcher, also for one process: torchrun --nproc_per_node N {script} {flag}")
+    if args.cpu_offload and not (args.fsdp and device.type == "cuda"):
+        raise ValueError("--cpu_offload keeps FSDP's shares in the CPU's memory: it goes with --fsdp on a GPU")
+    if args.fsdp:
+        return FSDP(device, dtype, args.cpu_offload)
+    if args.deepspeed or args.local_rank is not None:  # only the deepspeed launcher passes --local_rank
+        return ZeRO(device, dtype, args)
+    return DDP(device, dtype) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Single(device, dtype)
+
+
+def join_processes(device: torch.device) -> None:
+    """Makes the process group. Raises: ValueError that names the address when the others cannot be met there."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"the processes cannot meet at {address} ({reason}); if another program uses that port, give the launcher "
+            "another: torchrun --master_port, deepspeed --master_port, or torchrun --standalone on one machine"
+        ) from None
+
+
 class Run:
     """One training run as this process sees it.
 
     A script asks nothing else of the hardware: .device .dtype .rank .world_size .is_main .backend
-    .stop_requested and the methods below. Under torchrun every process has its own rank and device.
+    .stop_requested and the methods below. Under torchrun and deepspeed every process has its own rank and device.
+
+    Raises: ValueError from the constructor when flags, launcher and machine do not fit together.
     """
 
     def __init__(self, args):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        self.backend = "ddp" if self.world_size > 1 else "none"
         self.device = pick_device(args.device)
+        launched = "RANK" in os.environ
+        if launched:
+            self.device = device_of_rank(self.device)
         if self.device.type == "cuda":
-            if self.world_size > 1:
-                self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         elif self.device.type == "cpu":
             keep_freed_memory()
         self.dtype, reason = pick_dtype(args.dtype, self.device)
-        if self.backend == "ddp":
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
-            )
+        self.parallel = pick_parallel(args, self.device, self.dtype, launched)
+        self.backend = self.parallel.name
+        if self.backend != "none":
+            join_processes(self.device)
             # the other ranks wait here while rank 0 tokenizes the data, which may take hours
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-        # fp16 has few exponent bits: small gradients vanish unless the loss is scaled up. No other format needs it.
-        needs_scaler = self.device.type == "cuda" and self.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(enabled=needs_scaler)
         random.seed(args.seed)
         torch.manual_seed(args.seed + self.rank)
         self.stop_requested: str | None = None  # the name of the signal that asked to save and stop
         dtype_name = str(self.dtype).removeprefix("torch.")
-        self.print(f"device {self.device}, {dtype_name} ({reason}), {self.world_size} process(es), seed {args.seed}")
+        how = "1 process" if self.backend == "none" else f"{self.world_size} process(es), {self.backend}"
+        self.print(f"device {self.device}, {dtype_name} ({reason}), {how}, seed {args.seed}")
 
     def _listen(self) -> None:
         """The first Ctrl-C or SIGTERM asks the loop to save and stop after its step; a second one stops at once."""
@@ -206,53 +253,35 @@ class Run:
         From here on there is something to save: the first Ctrl-C or SIGTERM no longer ends the process.
         """
         self._listen()
-        if self.backend == "ddp":
-            devices = [self.device] if self.device.type == "cuda" else None
-            # an expert may get no token in a step, and then its weights no gradient
-            model = DistributedDataParallel(
-                model, device_ids=devices, find_unused_parameters=model.config.use_moe, gradient_as_bucket_view=True
-            )
-        return model, optimizer
+        return self.parallel.wrap(model, optimizer)
 
     @staticmethod
     def unwrap(model: nn.Module) -> nn.Module:
         """The Transformer inside what `wrap` returned."""
-        return model.module if isinstance(model, DistributedDataParallel) else model
+        return getattr(model, "module", model)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Products in self.dtype, the rest in float32; nothing at all for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sync_grads(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are summed over the ranks in the last micro-batch of a step only."""
-        if self.backend == "ddp" and not last:
-            return model.no_sync()
-        return contextlib.nullcontext()
+        """Gradients are summed over the ranks in the last micro-batch of a step only (ZeRO 2 and 3: in each)."""
+        return self.parallel.sync_grads(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this rank's share of the step's loss. DDP divides by the ranks; undone here."""
-        self.scaler.scale(loss * self.world_size).backward()
+        """Adds the gradient of this rank's share of the step's loss."""
+        self.parallel.backward(loss)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
-        """Clips, updates the weights, clears the gradients; returns the gradient's norm before clipping.
-
-        Weights stay as they were when the norm is not finite. With fp16 that is how the scaler finds its scale,
-        and the norm is returned all the same.
-        """
-        self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf")).item()
-        if self.scaler.is_enabled() or norm - norm == 0:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        """Clips, updates the weights, clears the gradients; returns the gradient's norm before clipping."""
+        return self.parallel.step(clip)
 
     def check_finite(self, loss: float, grad_norm: float, where: str) -> None:
         """Raises ValueError, saying where, when the loss or the gradient is no number: the step was not taken.
 
         With fp16 a gradient that overflows is how the scaler finds its scale; only the loss counts there.
         """
-        bad = loss - loss != 0 or (grad_norm - grad_norm != 0 and not self.scaler.is_enabled())
+        bad = loss - loss != 0 or (grad_norm - grad_norm != 0 and not self.parallel.scaler.is_enabled())
         if bad:
             raise ValueError(
                 f"loss {loss}, gradient norm {grad_norm} at {where}: stopped, the last save is untouched; "
@@ -266,13 +295,15 @@ class Run:
         was_training = model.training
         model.eval()
         nats = 0.0
-        starts = range(self.rank * batch_size, data.num_rows, batch_size * self.world_size)
         hidden = not (self.is_main and sys.stderr.isatty())
-        for start in tqdm(starts, desc="held-out", delay=2, leave=False, disable=hidden):
+        # as many turns on every rank, the last with padding alone: FSDP and ZeRO 3 compute together
+        together = range(0, data.num_rows, self.world_size * batch_size)
+        for first in tqdm(together, desc="held-out", delay=2, leave=False, disable=hidden):
+            start = first + self.rank * batch_size
             batch = data.rows(0, start, start + batch_size).to(self.device)
             keep = batch.labels != IGNORE
             with self.autocast():
-                logits, _ = self.unwrap(model)(batch.input_ids, documents=batch.documents, select=keep)
+                logits, _ = model(batch.input_ids, documents=batch.documents, select=keep)
             nats += F.cross_entropy(logits.float(), batch.labels[keep], reduction="sum").item()
         model.train(was_training)
         nats = self.sum(nats)
@@ -283,13 +314,12 @@ class Run:
             "seconds": time.perf_counter() - started,
         }
 
-    def sum(self, value: Tensor | float) -> float:
-        """The sum of a number over all ranks."""
-        if self.backend == "none":
-            return float(value)
-        total = torch.as_tensor(float(value), dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
+    def sum(self, value: Tensor | float) -> float | list[float]:
+        """The sum of a number over all ranks; of a vector, the sums as a list."""
+        total = torch.as_tensor(value, dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
+        if self.backend != "none":
+            dist.all_reduce(total)
+        return total.tolist()
 
     def should_stop(self) -> bool:
         """True on all ranks as soon as one was asked to stop."""
@@ -309,14 +339,36 @@ class Run:
         if self.backend != "none":
             dist.destroy_process_group()
 
-    def rng_state(self) -> dict[str, Tensor]:
-        """The states of torch's random generators on this rank (dropout draws from them)."""
+    def require_same(self, value: str, what: str) -> None:
+        """Raises ValueError on all ranks when `value` is not the same on all: their machines see different files."""
+        values = self.all_gather(value)
+        if len(set(values)) > 1:
+            other = next(i for i, found in enumerate(values) if found != values[0])
+            raise ValueError(
+                f"{what} is {values[0]} on rank 0 but {values[other]} on rank {other}: every machine must see the same "
+                "files, in a shared folder or copied"
+            )
+
+    def all_gather(self, value: Any) -> list:
+        """The values of all ranks, in order."""
+        if self.backend == "none":
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def rng_states(self) -> list[dict[str, Tensor]]:
+        """The states of torch's random generators (dropout draws from them), of every rank."""
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+        return self.all_gather(state)
 
-    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+    def set_rng_states(self, states: list[dict[str, Tensor]]) -> None:
+        """Takes up this rank's state; with another number of ranks than saved, the seed's stays."""
+        if len(states) != self.world_size:
+            return
+        state = states[self.rank]
         torch.set_rng_state(state["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
@@ -329,7 +381,7 @@ class Plan:
     rows make a step however they are split over micro-batches and ranks.
     """
 
-    def __init__(self, data: PretrainData | SFTData, args, run: Run):
+    def __init__(self, data: PretrainData | SFTData | MixedData | DPOData, args, run: Run):
         self.data, self.device = data, run.device
         self.batch_size, self.accumulation_steps = args.batch_size, args.accumulation_steps
         self.rank, self.world_size = run.rank, run.world_size
@@ -340,12 +392,13 @@ class Plan:
             self.total_steps = min(self.total_steps, args.max_steps)
         default_warmup = round(0.03 * self.total_steps)
         self.warmup_steps = default_warmup if args.warmup_steps is None else args.warmup_steps
+        unit = "pairs of at most" if isinstance(data, DPOData) else "rows of"
         run.print(
-            f"{data.num_rows:,} rows of {args.max_seq_len}, {data.num_tokens:,} target tokens an epoch; "
+            f"{data.num_rows:,} {unit} {args.max_seq_len}, {data.num_tokens:,} target tokens an epoch; "
             f"{self.rows_per_step} rows a step, {self.total_steps} steps, {self.warmup_steps} of them warm-up"
         )
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[Batch] | list[PairBatch]:
         """This rank's micro-batches of optimizer step `step`, counted from 0, on the device."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.rows_per_step

@@ -151,7 +151,7 @@ def train_ours(args) -> Callable[[], dict]:
     run = Run(args)
     model = Transformer(LMConfig.from_size(args.size, max_seq_len=args.max_seq_len))
     run.place(model, args)
-    optimizer = make_optimizer(model, "adamw", 5e-4, 0.1)
+    model, optimizer = run.parallel.wrap(model, make_optimizer(model, "adamw", 5e-4, 0.1))
 
     def step(input_ids, labels, documents) -> None:
         with run.autocast():
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--v1", metavar="DIR", help="also measure MiniMind v1, from this checkout of its repository")
     sub.add_argument("--isolate_documents", action="store_true", help="ours keeps attention inside documents")
     sub.add_argument("--compile", action="store_true", help="ours is compiled")
-    sub.set_defaults(grad_checkpoint=False)
+    sub.set_defaults(grad_checkpoint=False, fsdp=False, cpu_offload=False, deepspeed=None, local_rank=None)
 
     sub = add_command("decode", decode, "tokens per second of generation")
     add = sub.add_argument

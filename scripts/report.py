@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm  # noqa: E402
 
-from model.checkpoint import atomic_write, find_weights, load_model, read_meta  # noqa: E402
-from model.cli import ROOT, add_place_flags, positive_int, run_main  # noqa: E402
+from model.checkpoint import atomic_write, find_adapters, find_weights, load_model, read_meta  # noqa: E402
+from model.cli import ROOT, add_lora_flag, add_place_flags, positive_int, run_main  # noqa: E402
 from model.dataset import read_records, to_messages  # noqa: E402
 from model.generate import prepare, stream  # noqa: E402
 from model.LMConfig import SIZES  # noqa: E402
@@ -133,12 +133,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="model size (default: small)")
     parser.add_argument("--questions", type=positive_int, default=100, help="scored of each kind (default: 100)")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "dataset", help="(default: dataset)")
+    add_lora_flag(parser)
     add_place_flags(parser)
     args = parser.parse_args(argv)
 
     tokenizer = load_tokenizer(args.tokenizer_dir)
     weights = {stage: find_weights(stage, args.out_dir, args.size) for stage in ("pretrain", "full_sft")}
-    model, _ = load_model(weights["full_sft"], tokenizer=tokenizer)
+    adapters = find_adapters(args.lora, args.out_dir, args.size)
+    model, _ = load_model(weights["full_sft"], tokenizer=tokenizer, adapters=adapters)
     device = pick_device(args.device)
     model = prepare(model, device, pick_dtype(args.dtype, device)[0])
     groups = {name: read_shuffled(args.data_dir / name, args.seed) for name in GROUPS}

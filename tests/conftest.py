@@ -1,5 +1,7 @@
 """Fixtures shared by the tests: data that is not in the repository, and models small enough to be exact about."""
 
+import json
+import random
 import signal
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from model.LMConfig import LMConfig
 from model.model import Transformer
 
 REPO = Path(__file__).resolve().parents[1]
+WORDS = "春 夏 秋 冬 山 水 风 月 花 鸟 one two three four 学而时习之 不亦说乎 有朋自远方来".split()
 
 
 # Started in the background of a shell, pytest ignores Ctrl-C, and so would every program that a test starts.
@@ -57,3 +60,26 @@ def tiny_model(tiny_config):
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A pretraining file of 400 short documents, an SFT file of 300 conversations, 90 preference pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+
+    def words(n):
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    for name, count in (("pretrain_data", 400), ("pretrain_val", 20)):
+        lines = ["text", *(words(rng.randint(5, 40)) for _ in range(count))]
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, count in (("sft_data", 300), ("sft_val", 20)):
+        rows = [f"[],{words(rng.randint(2, 9))}？,{words(rng.randint(3, 12))}。" for _ in range(count)]
+        (folder / f"{name}.csv").write_text("history,q,a\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "dpo").mkdir()
+    for name, count in (("train_data", 90), ("val_data", 21)):
+        prompts = [(words(rng.randint(2, 9)) + "？", words(rng.randint(3, 9)) + "。") for _ in range(count)]
+        pairs = [{"prompt": prompt, "chosen": chosen, "rejected": "one two"} for prompt, chosen in prompts]
+        (folder / "dpo" / f"{name}.json").write_text(json.dumps(pairs), encoding="utf-8")
+    return folder

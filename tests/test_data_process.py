@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -560,6 +561,32 @@ def test_bad_answers():
         assert demo_data.repetitive_answer(fact.answer, rng).count("形容第甲子个意思") >= 3
 
 
+def test_lora_set_has_one_answer_a_question_and_holds_out_wordings():
+    train, held_out = demo_data.lora_records(), demo_data.lora_records(held_out=True)
+    assert 200 <= len(train) <= 250 and len(held_out) >= len(demo_data.LORA_TALK) > 40
+    answers = {}
+    for record in train + held_out:
+        assert to_messages(record)[-1]["content"] == record["a"] and 8 <= len(record["a"]) <= 40
+        key = json.dumps([record["history"], demo_data.key_of(record["q"])])
+        assert key not in answers, record["q"]  # so none is in both, not even with other punctuation
+        answers[key] = record["a"]
+    assert {record["a"] for record in held_out} == {record["a"] for record in train}
+    assert 10 <= sum(len(record["history"]) == 1 for record in train) <= 20
+    trained = {(record["q"], record["a"]) for record in train if not record["history"]}
+    asked_before = {tuple(turn) for record in train + held_out for turn in record["history"]}
+    assert asked_before <= trained  # the same answer as where it is the only question
+
+
+def test_lora_set_gives_the_model_another_name_than_the_instructions():
+    same_question = dict(demo_data.talk_turns()).keys() & {record["q"] for record in demo_data.lora_records()}
+    assert "你是谁？" in same_question
+    (answer,) = {r["a"] for r in demo_data.lora_records() if r["q"] == "你是谁？" and not r["history"]}
+    assert "小鹿" in answer and "MiniMind" not in answer and "MiniMind" in dict(demo_data.talk_turns())["你是谁？"]
+    scripts = {name for r in demo_data.lora_records() for name in re.findall(r"[0-9a-z_/-]+\.(?:py|sh)", r["a"])}
+    planned = {"4-lora_sft.py", "5-dpo_train.py"}
+    assert len(scripts) > 8 and all((ROOT / name).exists() for name in scripts - planned)
+
+
 def test_preferences():
     pairs = demo_data.preferences(FACTS, 60, random.Random(0))
     right = {fact.answer for fact in FACTS}
@@ -621,6 +648,13 @@ def test_demo_preferences(demo):
     for name in ("train", "val"):
         pairs = json.loads((demo / f"dpo/{name}_data.json").read_text(encoding="utf-8"))
         assert len(pairs) > 80 and all(to_pair(pair) for pair in pairs)
+
+
+def test_demo_lora_set(demo):
+    for name, held_out in (("data", False), ("val", True)):
+        assert (demo / f"lora_{name}.csv").read_bytes().startswith(b"history,q,a\r\n")
+        made = [to_messages(row) for row in read_csv(demo / f"lora_{name}.csv")]
+        assert made == [to_messages(record) for record in demo_data.lora_records(held_out)]
 
 
 def test_demo_is_the_same_every_time(demo, tmp_path):

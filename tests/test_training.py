@@ -1,6 +1,5 @@
 """The training stages through their real main(): gradients, resuming, kills, bad input."""
 
-import importlib.util
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import REPO, TINY, assert_same, command, flags, log_rows, pretrain, read_step, stage, weights
 
 from model.checkpoint import atomic_write, find_weights, load_model, read_meta, remove_leftovers
 from model.cli import one_line, overrides, run_main
@@ -23,65 +23,7 @@ from model.optim import make_optimizer
 from model.runtime import pick_device
 from model.tokenizer import load_tokenizer
 
-REPO = Path(__file__).resolve().parent.parent
-TINY = ["--override", "dim=32", "n_layers=2", "n_heads=4", "n_kv_heads=2"]
 HALF_HEADS = ["--override", "dim=32", "n_layers=2", "n_heads=2", "n_kv_heads=1"]
-WORDS = "春 夏 秋 冬 山 水 风 月 花 鸟 one two three four 学而时习之 不亦说乎 有朋自远方来".split()
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """A pretraining file of 400 short documents and an SFT file of 300 conversations."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = random.Random(0)
-
-    def words(n):
-        return " ".join(rng.choice(WORDS) for _ in range(n))
-
-    for name, count in (("pretrain_data", 400), ("pretrain_val", 20)):
-        lines = ["text", *(words(rng.randint(5, 40)) for _ in range(count))]
-        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name, count in (("sft_data", 300), ("sft_val", 20)):
-        rows = [f"[],{words(rng.randint(2, 9))}？,{words(rng.randint(3, 12))}。" for _ in range(count)]
-        (folder / f"{name}.csv").write_text("history,q,a\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return folder
-
-
-def stage(name: str):
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), REPO / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def flags(data_dir: Path, out: Path, *more: str, data: str = "pretrain_data") -> list[str]:
-    common = ["--max_seq_len", "64", "--device", "cpu", "--dtype", "float32", "--log_interval", "1"]
-    val = data.replace("_data", "_val")
-    paths = ["--data_path", str(data_dir / f"{data}.csv"), "--val_path", str(data_dir / f"{val}.csv")]
-    return [*paths, "--out_dir", str(out), *common, *more]
-
-
-def pretrain(data_dir: Path, out: Path, *more: str) -> int:
-    return stage("1-pretrain")(flags(data_dir, out, *TINY, *more))
-
-
-def command(script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    return [*launcher, str(REPO / script), *arguments]
-
-
-def weights(out: Path, name: str = "pretrain_32") -> dict[str, torch.Tensor]:
-    return torch.load(out / f"{name}.pth", weights_only=True)
-
-
-def assert_same(a: dict, b: dict, tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
-
-
-def log_rows(out: Path, name: str = "pretrain_32", kind: str = "step") -> list[dict]:
-    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["type"] == kind]
 
 
 # ------------------------------------------------------------------------------------------- one big batch
@@ -298,13 +240,6 @@ def test_killed_ten_times_at_random_moments_ends_bit_identical(data_dir, tmp_pat
     assert stage("1-pretrain")(arguments) == 0
     assert_same(weights(tmp_path / "whole"), weights(out))
     assert not list(out.glob(".*.tmp"))
-
-
-def read_step(out: Path) -> int:
-    """The last step in a run's log, which may be half written; 0 without one."""
-    log = out / "pretrain_32.jsonl"
-    steps = re.findall(r'"type": "step", "step": (\d+),', log.read_text()) if log.exists() else []
-    return int(steps[-1]) if steps else 0
 
 
 def test_resume_with_other_data_or_batch_is_refused(data_dir, tmp_path):
