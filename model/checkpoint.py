@@ -214,8 +214,7 @@ def load_model(
     """
     path = Path(path)
     state, config, meta = read_base(path, tokenizer, n_heads)
-    for file in adapters or []:
-        adapter, lora, _ = read_adapter(file, path, config, tokenizer)
+    for adapter, lora in read_adapters(adapters or [], path, config, tokenizer):
         merge_state(state, adapter, lora.scale)
     with torch.device("meta"):
         model = Transformer(config)
@@ -231,6 +230,13 @@ def read_base(
 ) -> tuple[dict[str, torch.Tensor], LMConfig, dict | None]:
     """State dict, configuration and metadata of a whole model's .pth. Raises: as load_model."""
     state = read_state_dict(path)
+    return state, *check_base(path, state, tokenizer, n_heads)
+
+
+def check_base(
+    path: Path, state: dict[str, torch.Tensor], tokenizer: Tokenizer | None, n_heads: int | None
+) -> tuple[LMConfig, dict | None]:
+    """Configuration and metadata of a whole model's .pth, whose tensors (or their shapes) are checked against them."""
     meta = read_meta(path)
     if meta and "lora" in meta:
         raise ValueError(f"{path} is an adapter; give it as --lora, and as weights the model that it was trained on")
@@ -239,7 +245,30 @@ def read_base(
         check_tokenizer(path, config, meta, tokenizer)
     with torch.device("meta"):
         check_shapes(path, state, Transformer(config))
-    return state, config, meta
+    return config, meta
+
+
+def read_adapters(
+    files: list[Path], base: Path, config: LMConfig, tokenizer: Tokenizer | None = None
+) -> list[tuple[dict[str, torch.Tensor], LoRAConfig]]:
+    """Tensors and settings of adapters that are to be merged in this order, checked as by read_adapter.
+
+    Raises: ValueError too when one replaces a tensor as a whole that one before it changed: that would be lost.
+    """
+    changed: dict[str, Path] = {}
+    adapters = []
+    for file in files:
+        adapter, lora, _ = read_adapter(file, base, config, tokenizer)
+        weight_of = {name: name.replace(".lora_A.", ".").replace(".lora_B.", ".") for name in adapter}
+        for name, weight in weight_of.items():
+            if name == weight and weight in changed:
+                raise ValueError(
+                    f"{file} replaces {weight} as a whole, and what {changed[weight]} did to it would be lost; "
+                    "merge only one of the two"
+                )
+        changed |= dict.fromkeys(weight_of.values(), file)
+        adapters.append((adapter, lora))
+    return adapters
 
 
 def read_adapter(
