@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     val_path = resolve_val_path(args)
     run.print(f"held-out data: {val_path or 'none'}")
     val_data = run.main_first(lambda: open_data(val_path)) if val_path else None
-    plan = Plan(data, args, run)
+    plan = Plan(data, args, run, model)
 
     # 4. Optimizer, resume, wrapping
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)

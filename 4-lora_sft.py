@@ -55,9 +55,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_general_flag(parser)
     add_training_flags(
         parser,
-        learning_rate=2e-3,
-        epochs=10,
-        batch_size=8,
+        learning_rate=3e-3,
+        epochs=20,
+        batch_size=2,
         data="lora_data.csv",
         wandb_project="MiniMind-LoRA",
         weight_decay=0.0,
@@ -89,13 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         return run.main_first(lambda: open_data(path)) if path else None
 
     data, val_path = run.main_first(lambda: open_data(args.data_path)), resolve_val_path(args)
-    replay_path, general_path = if_there(args.replay_path, "sft_data.csv"), if_there(args.general_path, "sft_val.csv")
+    replay_path = if_there(args.replay_path, "sft_data.csv")
+    general_path = if_there(args.general_path, "general_val.csv")
     run.print(f"held-out data: {val_path or 'none'}; general instructions: {general_path or 'none'}")
     val_data, general_data = open_if(val_path), open_if(general_path)
     if replay_path and args.replay_share:
         run.print(f"replay: {args.replay_share:.0%} of the rows from {replay_path}")
         data = MixedData(data, open_if(replay_path), args.replay_share)
-    plan = Plan(data, args, run)
+    plan = Plan(data, args, run, model)
 
     # 4. Optimizer, resume, wrapping
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)

@@ -53,8 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cli.add_general_flag(parser)
     cli.add_training_flags(
         parser,
-        learning_rate=5e-5,
-        epochs=1,
+        learning_rate=4e-5,
+        epochs=2,
         batch_size=8,
         data="dpo/train_data.json",
         wandb_project="MiniMind-DPO",
@@ -107,12 +107,12 @@ def main(argv: list[str] | None = None) -> int:
         return run.main_first(lambda: cls(path, tokenizer, args.max_seq_len, seed=args.seed, workers=args.num_workers))
 
     data = open_data(DPOData, args.data_path)
-    val_path, general_path = cli.resolve_val_path(args), cli.if_there(args.general_path, "sft_val.csv")
+    val_path, general_path = cli.resolve_val_path(args), cli.if_there(args.general_path, "general_val.csv")
     run.print(f"pairs not used: {data.stats['not used'] or 'none'}; cut: {data.stats['pairs cut']}")
     run.print(f"held-out pairs: {val_path or 'none'}; general instructions: {general_path or 'none'}")
     pairs = {"train": data} | ({"val": open_data(DPOData, val_path)} if val_path else {})
     general = open_data(SFTData, general_path) if general_path else None
-    plan = Plan(data, args, run)
+    plan = Plan(data, args, run, model)
 
     # 4. Optimizer, resume, the reference, wrapping
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)

@@ -113,6 +113,7 @@ DEMO_FILES = {
     "sft_data_single.csv": "the single-turn ones of sft_data.csv",
     "sft_val.csv": "facts of sft_data.csv asked in held-out wordings",
     "sft_val_new.csv": "facts that sft_data.csv does not have",
+    "general_val.csv": "the two before without small talk",
     "dpo/train_data.json": "preference pairs",
     "dpo/val_data.json": "preference pairs in held-out wordings",
     "lora_data.csv": "another persona and how to use this toolkit, for LoRA",

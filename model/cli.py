@@ -155,7 +155,7 @@ def add_general_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--general_path",
         help="held-out general instructions whose loss is measured before and after; '' for none (default: "
-        "dataset/sft_val.csv, if it is there)",
+        "dataset/general_val.csv, if it is there)",
     )
 
 

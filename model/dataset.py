@@ -995,6 +995,7 @@ class DPOData(_Rows):
     ) -> None:
         super().__init__(path, tokenizer, _Pairs(max_seq_len), max_seq_len, seed, workers)
         self._describe((len(self._offsets) - 1) // 2, None, int(np.count_nonzero(self._mask)))
+        self.longest = int(np.diff(self._offsets).max()) - 1  # inputs of the longest sequence
 
     def rows(self, epoch: int, start: int, stop: int) -> PairBatch:
         """Returns pairs [start, stop) of the epoch's order; those past num_rows are padding."""

@@ -20,7 +20,7 @@ CPU_PROCESS = 320 * 2**20
 # bfloat16), and different from run to run, since it depends on the order and sizes of all that is freed.
 CPU_HOLES = 0.4
 CUDA_WORKSPACE = 32 * 2**20  # cuBLAS takes this from torch's pool on sm90, a quarter of it on older GPUs
-ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, which it allocates as a whole
+ZERO_BUCKET = 50_000_000  # numbers in reduce_bucket_size of scripts/zero*.json, which is allocated as a whole
 
 
 def parameter_count(config: LMConfig) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def estimate_memory(
     Args:
         batch_size: rows of a micro-batch.
         dtype: of the products (torch.autocast); weights and optimizer state are float32.
-        launcher: one of LAUNCHERS; the zeroN are DeepSpeed with its own defaults.
+        launcher: one of LAUNCHERS; the zeroN are DeepSpeed with scripts/zeroN.json.
         target_share: share of the positions whose logits are computed: 1 in pretraining, the answers in fine-tuning.
         trainable: parameters of an adapter when only that is trained, on top of the model's.
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.dataset import IGNORE, Batch, DPOData, MixedData, PairBatch, PretrainData, SFTData
+from model.memory import estimate_memory, memory_line
 from model.optim import has_bfloat16
 from model.parallel import DDP, FSDP, Single, ZeRO
 
@@ -100,6 +102,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: of the GPU on cuda, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # Linux; ru_maxrss counts the process that started this one too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -381,7 +386,7 @@ class Plan:
     rows make a step however they are split over micro-batches and ranks.
     """
 
-    def __init__(self, data: PretrainData | SFTData | MixedData | DPOData, args, run: Run):
+    def __init__(self, data: PretrainData | SFTData | MixedData | DPOData, args, run: Run, model: nn.Module):
         self.data, self.device = data, run.device
         self.batch_size, self.accumulation_steps = args.batch_size, args.accumulation_steps
         self.rank, self.world_size = run.rank, run.world_size
@@ -396,6 +401,28 @@ class Plan:
         run.print(
             f"{data.num_rows:,} {unit} {args.max_seq_len}, {data.num_tokens:,} target tokens an epoch; "
             f"{self.rows_per_step} rows a step, {self.total_steps} steps, {self.warmup_steps} of them warm-up"
+        )
+        run.print(memory_line(self._estimate_memory(args, run, model)))
+
+    def _estimate_memory(self, args, run: Run, model: nn.Module) -> dict[str, int]:
+        """What estimate_memory says of this run; for pairs, of a batch of the longest ones."""
+        rows, length = args.batch_size, args.max_seq_len
+        targets = self.data.num_tokens / self.data.num_rows  # of a row, or of both sides of a pair
+        if isinstance(self.data, DPOData):
+            rows, length, targets = 2 * rows, self.data.longest, targets / 2
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        return estimate_memory(
+            model.config,
+            batch_size=rows,
+            max_seq_len=length,
+            dtype=run.dtype,
+            device_type=run.device.type,
+            launcher=f"zero{run.parallel.stage}" if run.backend == "deepspeed" else run.backend,
+            world_size=run.world_size,
+            optimizer=args.optimizer,
+            grad_checkpoint=args.grad_checkpoint,
+            target_share=min(1.0, targets / length),
+            trainable=sum(trained) if len(trained) < len(list(model.parameters())) else None,
         )
 
     def batches(self, step: int) -> list[Batch] | list[PairBatch]:

@@ -833,6 +833,9 @@ def demo_records(source: Sources, max_sft: int, seed: int) -> Iterator[tuple[str
             yield "sft_data_single.csv", without_system(record)
     yield from (("tokenizer_train.jsonl", {"text": text}) for text in tokenizer_extra(source))
     yield from (("sft_val.csv", without_system(record)) for record in made.reworded)
+    small_talk = {question for question, _ in talk_turns(held_out=True)}
+    facts = [record for record in made.reworded if record["q"] not in small_talk] + made.unseen
+    yield from (("general_val.csv", without_system(record)) for record in facts)
     yield from (("sft_val_new.csv", without_system(record)) for record in made.unseen)
     rng = random.Random(seed + 2)
     yield from (("dpo/train_data.json", pair) for pair in preferences(made.facts, max_sft // 4, rng))

@@ -155,17 +155,7 @@ def measure(args: argparse.Namespace, config: LMConfig) -> dict[str, float]:
         run.step(model, optimizer, 1.0)
     synchronize(run.device)
     tokens = (MEASURED_STEPS - WARM_UP_STEPS) * args.accumulation_steps * args.batch_size * args.max_seq_len
-    return {"tokens_per_second": tokens / (time.perf_counter() - start), "peak_bytes": own_peak_bytes(run.device)}
-
-
-def own_peak_bytes(device: torch.device) -> int:
-    """As peak_memory_bytes, but on Linux without what the process that started this one held: ru_maxrss includes it."""
-    status = Path("/proc/self/status")
-    if device.type != "cuda" and status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory_bytes(device)
+    return {"tokens_per_second": tokens / (time.perf_counter() - start), "peak_bytes": peak_memory_bytes(run.device)}
 
 
 def estimate(args: argparse.Namespace) -> dict:

@@ -16,6 +16,8 @@ import torch
 from stages import REPO, TINY, assert_same, command, flags, log_rows, read_step, stage, weights
 
 from model.dataset import SFTData
+from model.LMConfig import LMConfig
+from model.model import Transformer
 from model.parallel import deepspeed_config
 from model.runtime import Plan, device_of_rank
 from model.tokenizer import load_tokenizer
@@ -129,13 +131,16 @@ def test_twenty_steps_of_every_stage_agree_under_every_launcher(way, script, moe
 
 def test_every_row_is_used_once_an_epoch_whatever_the_number_of_ranks(data_dir):
     data = SFTData(data_dir / "sft_data.csv", load_tokenizer(), 64)
+    model = Transformer(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
     every = [tuple(row.tolist()) for row in data.rows(0, 0, data.num_rows).input_ids]
     for ranks, batch_size, accumulation in ((1, 3, 1), (2, 2, 3), (3, 4, 2)):
         seen = []
         for rank in range(ranks):
             run = Namespace(rank=rank, world_size=ranks, device=torch.device("cpu"), print=lambda *text: None)
-            args = dict(batch_size=batch_size, accumulation_steps=accumulation, epochs=1, max_steps=0)
-            plan = Plan(data, Namespace(**args, warmup_steps=0, max_seq_len=64), run)
+            run.dtype, run.backend = torch.float32, "ddp"
+            args = dict(batch_size=batch_size, accumulation_steps=accumulation, epochs=1, max_steps=0, warmup_steps=0)
+            args |= dict(max_seq_len=64, optimizer="adamw", grad_checkpoint=False)
+            plan = Plan(data, Namespace(**args), run, model)
             for step in range(plan.total_steps):
                 seen += [tuple(r.tolist()) for b in plan.batches(step) for r in b.input_ids[b.documents[:, 0] > 0]]
         assert sorted(seen) == sorted(every)
