@@ -64,12 +64,19 @@ def test_every_command_runs(tmp_path):
     (dataset / "tokenizer_train.jsonl").write_bytes((tmp_path / "CORPUS.jsonl").read_bytes())
     short = ["--out_dir", str(out), "--max_steps", "1", "--max_seq_len", "128", "--batch_size", "2"]
     tiny = [*short, "--device", "cpu", "--dtype", "float32"]
+    sft = str(dataset / "sft_data.csv")
+    pairs = [{"prompt": f"第{i}个问题？", "chosen": "是的，没错。", "rejected": "不。"} for i in range(20)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
     extra = {
         "1-pretrain.py": [*tiny, "--data_path", str(dataset / "pretrain_data.csv"), "--val_path", ""],
         "3-full_sft.py": [*tiny, "--data_path", str(dataset / "sft_data.csv"), "--val_path", ""],
         "0-eval_pretrain.py": ["--out_dir", str(out), "--max_new_tokens", "3", "--prompt", "学而时习之"],
         "2-eval.py": ["--out_dir", str(out), "--max_new_tokens", "3", "--prompt", "你好"],
+        "4-lora_sft.py": [*tiny, "--data_path", sft, "--val_path", "", "--replay_path", sft, "--general_path", sft],
+        "5-dpo_train.py": [*tiny, "--data_path", str(tmp_path / "pairs.json"), "--val_path", "", "--general_path", ""],
         "scripts/plot_log.py": ["--out_dir", str(out)],
+        "scripts/merge_lora.py": ["--out_dir", str(out)],
+        "scripts/estimate.py": ["--max_seq_len", "32", "--batch_size", "2"],
     }
     seen = set()
     for command in commands():
@@ -78,7 +85,8 @@ def test_every_command_runs(tmp_path):
             assert command in ("bash scripts/quickstart.sh", "bash scripts/test.sh")
             continue
         seen.add(script)
-        moved = [re.sub(r"^(dataset/|my_|CORPUS|CONVERSATIONS)", rf"{tmp_path}/\1", word) for word in arguments]
+        moved = [re.sub(r"^(dataset/|out/|my_|CORPUS|CONVERSATIONS)", rf"{tmp_path}/\1", word) for word in arguments]
+        moved = [re.sub("^tiny$", "small", word).replace("_256", "_512") for word in moved]  # one chain serves all
         run = [sys.executable, str(REPO / script), *moved, *extra.get(script, [])]
         done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
