@@ -3,13 +3,13 @@
 Reads   dataset/pretrain_data.csv (column text; .jsonl with {"text"} too), model/minimind_tokenizer
 Writes  out/pretrain_{dim}[_moe].pth with .json (what it is), .jsonl (log), _resume.pth (to continue)
 Run     python 1-pretrain.py                                  one device, or the CPU
-        torchrun --nproc_per_node 2 1-pretrain.py             several devices (DDP)
+        torchrun --nproc_per_node 2 1-pretrain.py             several devices; also --fsdp, --deepspeed
 Next    python 0-eval_pretrain.py to see it write, then python 3-full_sft.py
 
 预训练：让模型学会续写文本。
 读入    dataset/pretrain_data.csv（一列 text；也可用 {"text"} 的 .jsonl）、model/minimind_tokenizer
 写出    out/pretrain_{dim}[_moe].pth，以及 .json（说明）、.jsonl（日志）、_resume.pth（断点）
-运行    python 1-pretrain.py（单卡或 CPU）；torchrun --nproc_per_node 2 1-pretrain.py（多卡 DDP）
+运行    python 1-pretrain.py（单卡或 CPU）；torchrun --nproc_per_node 2 1-pretrain.py（多卡；可加 --fsdp、--deepspeed）
 下一步  python 0-eval_pretrain.py 看续写效果，然后 python 3-full_sft.py
 """
 

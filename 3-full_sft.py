@@ -3,13 +3,13 @@
 Reads   out/pretrain_{dim}[_moe].pth, dataset/sft_data.csv (history,q,a), or JSON and JSONL conversations
 Writes  out/full_sft_{dim}[_moe].pth with .json (what it is), .jsonl (log), _resume.pth (to continue)
 Run     python 3-full_sft.py                                  one device, or the CPU
-        torchrun --nproc_per_node 2 3-full_sft.py             several devices (DDP)
+        torchrun --nproc_per_node 2 3-full_sft.py             several devices; also --fsdp, --deepspeed
 Next    python 2-eval.py to chat with it
 
 全参数微调：让预训练过的模型学会回答问题。
 读入    out/pretrain_{dim}[_moe].pth、dataset/sft_data.csv（history,q,a），也可用 JSON、JSONL 对话
 写出    out/full_sft_{dim}[_moe].pth，以及 .json（说明）、.jsonl（日志）、_resume.pth（断点）
-运行    python 3-full_sft.py（单卡或 CPU）；torchrun --nproc_per_node 2 3-full_sft.py（多卡 DDP）
+运行    python 3-full_sft.py（单卡或 CPU）；torchrun --nproc_per_node 2 3-full_sft.py（多卡；可加 --fsdp、--deepspeed）
 下一步  python 2-eval.py 与它对话
 """
 

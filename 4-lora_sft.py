@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from model.checkpoint import Checkpoint, find_weights, load_model
 from model.cli import (
+    adapter_name,
     add_adapter_flags,
     add_general_flag,
     add_training_flags,
@@ -42,7 +43,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--init_from", help="a .pth, or a stage's name in --out_dir: the weights to add to (default: full_sft)"
     )
-    parser.add_argument("--lora_name", default="identity", help="name of the adapter (default: identity)")
+    parser.add_argument(
+        "--lora_name", type=adapter_name, default="identity", help="name of the adapter (default: identity)"
+    )
     parser.add_argument(
         "--replay_path",
         help="instructions of the stage before, mixed in against forgetting; '' for none (default: "

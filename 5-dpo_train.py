@@ -46,9 +46,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=0.0,
         help="with sigmoid: the share of pairs whose preference may be wrong (default: 0)",
     )
-    add("--sft_coef", type=cli.non_negative_float, default=0.0, help="weight of the chosen answers' loss (default: 0)")
-    add("--ref_cache", help="file of the reference's log-probabilities; '': a second model (default: in --out_dir)")
-    add("--lora", metavar="NAME", help="train only an adapter of this name")
+    add(
+        "--sft_coef",
+        type=cli.non_negative_float,
+        default=0.0,
+        help="weight of the chosen answers' own loss, which is not in the log's loss (default: 0)",
+    )
+    add(
+        "--ref_cache",
+        help="file of the reference's log-probabilities; '': a second model, not sharded (default: in --out_dir)",
+    )
+    add("--lora", type=cli.adapter_name, metavar="NAME", help="train only an adapter of this name")
     cli.add_adapter_flags(parser)
     cli.add_general_flag(parser)
     cli.add_training_flags(
@@ -63,6 +71,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.label_smoothing and args.loss != "sigmoid":
         parser.error("--label_smoothing goes with --loss sigmoid")
+    if not args.lora:
+        defaults = vars(parser.parse_args([]))
+        for name in ("rank", "alpha", "dropout", "target", "modules_to_save"):
+            if getattr(args, name) != defaults[name]:
+                parser.error(f"--{name} is of an adapter; give --lora NAME too")
     return args
 
 
@@ -117,9 +130,11 @@ def main(argv: list[str] | None = None) -> int:
     # 4. Optimizer, resume, the reference, wrapping
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     stage, adapter = (f"lora_{args.lora}", (lora, init_from)) if args.lora else ("rl", None)
-    checkpoint = Checkpoint(run, stage, model, optimizer, tokenizer, plan, args, adapter)
+    objective = {name: getattr(args, name) for name in ("beta", "loss", "label_smoothing", "sft_coef")}
+    objective["reference"] = file_sha256(init_from)
+    checkpoint = Checkpoint(run, stage, model, optimizer, tokenizer, plan, args, adapter, objective)
     cache = Path(args.out_dir) / f"{checkpoint.path.stem}_ref.pth" if args.ref_cache is None else args.ref_cache
-    about = {"weights": file_sha256(init_from), "tokenizer": tokenizer.fingerprint, "dtype": str(run.dtype)}
+    about = {"weights": objective["reference"], "tokenizer": tokenizer.fingerprint, "dtype": str(run.dtype)}
     about |= {"max_seq_len": args.max_seq_len}
     reference = Reference(run, model, pairs, Path(cache) if cache else None, about)
     start_step = checkpoint.start(args.resume)

@@ -377,7 +377,7 @@ class Checkpoint:
     """Writes and resumes the files of one training run: weights, metadata, resume file.
 
     model: the Transformer itself, before `run.wrap`. adapter: for LoRA, its settings and the base weights' file;
-    then only the trained tensors are written.
+    then only the trained tensors are written. objective: what else decides the loss, and must not change on resume.
     """
 
     def __init__(
@@ -390,6 +390,7 @@ class Checkpoint:
         plan,
         args,
         adapter: tuple[LoRAConfig, Path] | None = None,
+        objective: dict | None = None,
     ):
         self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
         self.path = weights_path(args.out_dir, stage, model.config)
@@ -412,6 +413,7 @@ class Checkpoint:
             "cross_documents": getattr(args, "cross_documents", None),
         }
         self.identity |= {f"model {name}": value for name, value in model.config.to_dict().items()}
+        self.identity |= objective or {}
         self.names = None  # of the tensors that are written; None: all
         if adapter:
             lora, base = adapter
@@ -457,7 +459,7 @@ class Checkpoint:
             check_fit({name: own[name].shape for name in self.names}, saved["model"], str(self.resume_path))
         for name, value in saved["model"].items():
             own[name].copy_(value)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.run.parallel.load_optimizer(self.optimizer, saved["optimizer"])
         self.run.parallel.scaler.load_state_dict(saved["scaler"])
         self.run.set_rng_states(saved["rng"])
         self.saved_step = saved["step"]

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     ValueError, OSError and running out of memory are the user's (a wrong value, a missing file, a full disk);
     anything else is a fault of ours and keeps its traceback. MINIMIND_DEBUG=1 shows the traceback in every case.
-    Of several processes on a machine the first one speaks: they see the same files and flags. When one of them ends,
-    the others say so and end too.
+    Of several processes on a machine the first one speaks first: mostly all have the same to say. When one of them
+    ends, the others say so and end too.
     """
     try:
         sys.exit(main())
@@ -37,11 +38,12 @@ def run_main(main: Callable[[], int | None]) -> None:
         text = one_line(error)
         if lost:
             text = (
-                f"rank {os.environ['RANK']}: another process of this run has ended ({text[:120]}); if it said nothing, "
+                f"rank {os.environ['RANK']}: another process of this run has ended ({text[:300]}); if it said nothing, "
                 "it was killed or had no memory left. The last save is whole: add --resume to continue"
             )
-        elif isinstance(error, (ValueError, OSError)) and os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
+        elif os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # if the first process has the same to say, the launcher ends this one meanwhile
+            text = f"rank {os.environ['RANK']}: {text}"
         if out_of_memory:
             text = f"out of memory ({text[:120]}); use a smaller --batch_size or --max_seq_len, or --grad_checkpoint"
         print(f"error: {text}", file=sys.stderr)
@@ -50,7 +52,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def lost_process(error: RuntimeError) -> bool:
     """True for what gloo and nccl raise in a process when another one of the run is gone."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|nccl|peer|process group", str(error), re.I)
+    signs = "connection (closed|reset)|socket closed|remote process exited|broken pipe|timed ?out|ncclRemoteError"
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(signs, str(error), re.IGNORECASE) is not None
 
 
 def one_line(error: BaseException) -> str:
@@ -157,6 +160,13 @@ def add_general_flag(parser: argparse.ArgumentParser) -> None:
         help="held-out general instructions whose loss is measured before and after; '' for none (default: "
         "dataset/general_val.csv, if it is there)",
     )
+
+
+def adapter_name(text: str) -> str:
+    """An argparse type: a name that can be part of a file name and of a list."""
+    if not re.fullmatch(r"[\w.-]+", text) or text.startswith("lora_"):
+        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, _ . - only, and not lora_ first, which is added")
+    return text
 
 
 def names(text: str) -> tuple[str, ...]:

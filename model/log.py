@@ -15,11 +15,13 @@ from model.runtime import Run, measure_peak_flops, peak_memory_bytes
 
 
 def training_flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Floating-point operations of forward and backward for one token: 6 a weight, and causal attention.
+    """Floating-point operations of forward and backward for one token: 6 a weight (4 if frozen), and causal attention.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B, with half of its attention term, since attention is causal.
     """
-    return 6 * model.num_parameters(active=True) + 6 * model.config.n_layers * model.config.dim * seq_len
+    active = model.num_parameters(active=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * active + 2 * min(active, trained) + 6 * model.config.n_layers * model.config.dim * seq_len
 
 
 class Log:

@@ -83,10 +83,9 @@ def estimate_memory(
     weights = stored * FLOAT32 // share["weights"]
     if product < FLOAT32:  # what autocast makes of the matrices; the backward pass needs it again
         weights += V * D * product  # the output's
-        if launcher != "fsdp":
-            weights += block_matrices * product * (1 if grad_checkpoint else layers)
+        weights += block_matrices * product * (1 if grad_checkpoint else layers)
     if launcher == "fsdp":
-        weights += block * product  # the block that computes, put together
+        weights += block * FLOAT32  # the block that computes, put together
         weights += (V * D + D) * FLOAT32  # embedding and last norm, put together from the first layer to the last
     if launcher == "zero3":  # put together and, below DeepSpeed's stage3_max_reuse_distance of 1e9, kept until the end
         weights += stored * FLOAT32

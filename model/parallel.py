@@ -42,6 +42,10 @@ class Single:
         self.model, self.optimizer = model, optimizer
         return model, optimizer
 
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+        """Takes up what optimizer_state gave, before `wrap`."""
+        optimizer.load_state_dict(saved)
+
     def sync_grads(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
@@ -84,10 +88,7 @@ class DDP(Single):
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         super().wrap(model, optimizer)
         devices = [self.device] if self.device.type == "cuda" else None
-        # an expert may get no token in a step, and then its weights no gradient
-        self.model = DistributedDataParallel(
-            model, device_ids=devices, find_unused_parameters=model.config.use_moe, gradient_as_bucket_view=True
-        )
+        self.model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         return self.model, optimizer
 
     def sync_grads(self, last: bool) -> contextlib.AbstractContextManager:
@@ -97,10 +98,22 @@ class DDP(Single):
         super().backward(loss * dist.get_world_size())  # the average becomes the sum
 
 
-class FSDP(Single):
+class Sharded(Single):
+    """What FSDP and ZeRO share: the whole optimizer state of a resumed run would not fit on the device."""
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in saved["state"].items():
+            optimizer.state[parameters[index]] = values  # on the CPU, until `wrap` takes this rank's share
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss * dist.get_world_size())  # the average becomes the sum
+
+
+class FSDP(Sharded):
     """Every rank keeps a slice of every tensor; a block's weights are put together while it computes.
 
-    With bfloat16 they travel and compute as bfloat16, and gradients are averaged in float32.
+    They travel in float32, and autocast makes bfloat16 of them as elsewhere: so norms and router stay float32.
     """
 
     name = "fsdp"
@@ -112,7 +125,7 @@ class FSDP(Single):
         self.cpu_offload = cpu_offload
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         for parameter in model.parameters():
             dist.broadcast(parameter.data, 0)
@@ -121,18 +134,18 @@ class FSDP(Single):
             "mesh": dist.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),)),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
-        policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.layers:
-            fully_shard(block, mp_policy=policy, **settings)
-        fully_shard(model, **settings)  # what is left, the embedding above all, stays float32, as in autocast
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)  # what is left: embedding and last norm
 
         shards = dict(model.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [shards[names[parameter]] for parameter in group["params"]]
         for parameter in list(optimizer.state):  # of a run that is resumed
             shard = shards[names[parameter]]
+            steps_device = shard.device if optimizer.defaults["fused"] else "cpu"
             optimizer.state[shard] = {
-                key: slice_like(value, shard) if value.shape == shard.shape else value  # a number such as AdamW's step
+                key: value.to(steps_device) if key == "step" else slice_like(value, shard)
                 for key, value in optimizer.state.pop(parameter).items()
             }
         if isinstance(optimizer, Muon):
@@ -143,11 +156,8 @@ class FSDP(Single):
         self.model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss * dist.get_world_size())
 
-
-class ZeRO(Single):
+class ZeRO(Sharded):
     """DeepSpeed's engine, stage 1, 2 or 3 as its configuration says; batch, accumulation and clipping are ours."""
 
     name = "deepspeed"
@@ -268,7 +278,8 @@ def deepspeed_config(args, dtype: torch.dtype) -> dict:
         if config.get(key, "auto") not in ("auto", ours.get(key)):
             raise ValueError(f"--deepspeed {path}: {key} is decided by {flag}; remove it from the file")
     theirs = {key: value for key, value in config.items() if key not in flags}
-    return theirs | ours | {"zero_allow_untested_optimizer": True}
+    # our AdamW is torch's, also where the file moves its state to the CPU
+    return theirs | ours | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
 def whole(tensor: Tensor) -> Tensor:

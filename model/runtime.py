@@ -201,12 +201,17 @@ class Run:
         self.print(f"device {self.device}, {dtype_name} ({reason}), {how}, seed {args.seed}")
 
     def _listen(self) -> None:
-        """The first Ctrl-C or SIGTERM asks the loop to save and stop after its step; a second one stops at once."""
+        """The first Ctrl-C or SIGTERM asks the loop to save and stop after its step; the same again stops at once.
+
+        Another one does not: a launcher sends SIGTERM on the Ctrl-C that this process has already seen.
+        """
 
         def on_signal(number, frame):
-            if self.stop_requested:
+            if self.stop_requested == signal.Signals(number).name:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            if self.stop_requested:
+                return
             self.stop_requested = signal.Signals(number).name
             if self.is_main:  # print could be what was interrupted, and it cannot be entered twice
                 os.write(2, f"\n{self.stop_requested}: saving after this step; once more to stop at once\n".encode())
@@ -411,7 +416,7 @@ class Plan:
         if isinstance(self.data, DPOData):
             rows, length, targets = 2 * rows, self.data.longest, targets / 2
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        return estimate_memory(
+        parts = estimate_memory(
             model.config,
             batch_size=rows,
             max_seq_len=length,
@@ -424,6 +429,9 @@ class Plan:
             target_share=min(1.0, targets / length),
             trainable=sum(trained) if len(trained) < len(list(model.parameters())) else None,
         )
+        if getattr(args, "ref_cache", None) == "":  # DPO's second model, whole on every rank
+            parts["weights"] += 4 * model.num_parameters()
+        return parts
 
     def batches(self, step: int) -> list[Batch] | list[PairBatch]:
         """This rank's micro-batches of optimizer step `step`, counted from 0, on the device."""

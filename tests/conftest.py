@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import TINY, flags, stage
 
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -83,3 +84,12 @@ def data_dir(tmp_path_factory) -> Path:
         pairs = [{"prompt": prompt, "chosen": chosen, "rejected": "one two"} for prompt, chosen in prompts]
         (folder / "dpo" / f"{name}.json").write_text(json.dumps(pairs), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sft_weights(data_dir, tmp_path_factory):
+    """A model that has learned the words of the test data a little."""
+    out = tmp_path_factory.mktemp("sft")
+    more = ["--epochs", "3", "--batch_size", "8", "--learning_rate", "1e-2", *TINY]
+    assert stage("1-pretrain")(flags(data_dir, out, *more)) == 0
+    return out / "pretrain_32.pth"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from model.runtime import Run
+
 REPO = Path(__file__).resolve().parent.parent
 TINY = ["--override", "dim=32", "n_layers=2", "n_heads=4", "n_kv_heads=2"]
 
@@ -54,3 +56,19 @@ def read_step(out: Path) -> int:
     log = out / "pretrain_32.jsonl"
     steps = re.findall(r'"type": "step", "step": (\d+),', log.read_text()) if log.exists() else []
     return int(steps[-1]) if steps else 0
+
+
+def stop_after(step: int, train_it) -> None:
+    """Runs a stage and asks it to stop, as a signal does, after that many steps."""
+    real, turns = Run.should_stop, []
+
+    def should_stop(self):
+        turns.append(1)
+        self.stop_requested = "SIGTERM" if len(turns) == step else None
+        return real(self)
+
+    Run.should_stop = should_stop
+    try:
+        assert train_it() == 143
+    finally:
+        Run.should_stop = real

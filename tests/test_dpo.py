@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from stages import REPO, TINY, assert_same, flags, log_rows, stage, weights
+from stages import REPO, assert_same, flags, log_rows, stop_after, weights
 
 from model.checkpoint import load_model, read_meta
 from model.dataset import IGNORE, DPOData, SFTData
@@ -157,15 +157,6 @@ def test_cached_reference_is_the_live_one_and_is_made_once(run, pairs, tiny_mode
 # ------------------------------------------------------------------------------------------------ the stage
 
 
-@pytest.fixture(scope="session")
-def sft_weights(data_dir, tmp_path_factory):
-    """A model that has learned the words of the test data a little."""
-    out = tmp_path_factory.mktemp("sft")
-    more = ["--epochs", "3", "--batch_size", "8", "--learning_rate", "1e-2", *TINY]
-    assert stage("1-pretrain")(flags(data_dir, out, *more)) == 0
-    return out / "pretrain_32.pth"
-
-
 def train(data_dir, base, out, *more: str) -> int:
     arguments = flags(data_dir, out, "--init_from", str(base), "--batch_size", "6", *more)
     paths = {"--data_path": data_dir / "dpo/train_data.json", "--val_path": data_dir / "dpo/val_data.json"}
@@ -216,26 +207,12 @@ def test_resume_is_bit_identical(data_dir, sft_weights, tmp_path):
     assert train(data_dir, sft_weights, tmp_path / "whole", *steps) == 0
     stop_after(7, lambda: train(data_dir, sft_weights, tmp_path / "half", *steps))
     assert read_meta(tmp_path / "half" / "rl_32.pth")["step"] == 7
+    with pytest.raises(ValueError, match="beta was 0.1, now it is 0.2"):
+        train(data_dir, sft_weights, tmp_path / "half", *steps, "--resume", "--beta", "0.2")
     assert train(data_dir, sft_weights, tmp_path / "half", *steps, "--resume") == 0
     assert_same(weights(tmp_path / "whole", "rl_32"), weights(tmp_path / "half", "rl_32"))
     before = [[row["general"] for row in [read_meta(tmp_path / out / "rl_32.pth")]] for out in ("whole", "half")]
     assert before[0] == before[1]  # the figure from before training outlives the stop
-
-
-def stop_after(step: int, train_it) -> None:
-    """Runs a stage and asks it to stop, as a signal does, after that many steps."""
-    real, turns = Run.should_stop, []
-
-    def should_stop(self):
-        turns.append(1)
-        self.stop_requested = "SIGTERM" if len(turns) == step else None
-        return real(self)
-
-    Run.should_stop = should_stop
-    try:
-        assert train_it() == 143
-    finally:
-        Run.should_stop = real
 
 
 @pytest.mark.parametrize("more", [["--loss", "ipo"], ["--loss", "hinge"], ["--label_smoothing", "0.1"]])
@@ -254,7 +231,9 @@ def test_sft_coef_keeps_the_chosen_answers_likely(data_dir, sft_weights, tmp_pat
 
 
 def test_bad_settings_are_one_line(data_dir, sft_weights, tmp_path, capsys):
-    for more in (["--loss", "ipo", "--label_smoothing", "0.1"], ["--beta", "0"], ["--label_smoothing", "0.5"]):
+    bad = [["--loss", "ipo", "--label_smoothing", "0.1"], ["--beta", "0"], ["--label_smoothing", "0.5"]]
+    bad += [["--rank", "4"], ["--target", "wq"], ["--lora", "a,b"], ["--lora", "lora_x"]]
+    for more in bad:
         with pytest.raises(SystemExit) as stopped:
             train(data_dir, sft_weights, tmp_path, *more)
         assert stopped.value.code == 2 and "error:" in capsys.readouterr().err

@@ -75,6 +75,18 @@ def test_a_sharded_run_has_the_losses_and_weights_of_one_process(way, data_dir, 
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
 
 
+def test_fsdp_computes_in_bfloat16_what_one_process_does(data_dir, tmp_path):
+    """Norms and router stay float32, as autocast leaves them: rounded, they would move the loss by more."""
+    arguments = ["--max_steps", "3", "--learning_rate", "1e-2", *MOE, "--dtype", "bfloat16"]
+    for out, batch_size, launcher in (("one", "4", (sys.executable,)), ("fsdp", "2", TWO)):
+        more = WAYS["fsdp"] if out == "fsdp" else []
+        launch(
+            "1-pretrain.py", [*flags(data_dir, tmp_path / out), *arguments, "--batch_size", batch_size, *more], launcher
+        )
+    one, fsdp = (losses(tmp_path / out, "pretrain_32_moe") for out in ("one", "fsdp"))
+    assert fsdp == pytest.approx(one, rel=2e-4)
+
+
 STAGES = {  # script: what it reads, what it writes, more flags; 20 steps of each
     "1-pretrain": ("pretrain_data.csv", "pretrain_32", []),
     "3-full_sft": ("sft_data.csv", "full_sft_32", ["--init_from", "START/pretrain_32.pth"]),
@@ -274,6 +286,19 @@ def test_a_killed_rank_ends_the_others_soon_and_resume_continues(way, data_dir, 
     done = launch("1-pretrain.py", [*arguments, "--resume"])
     assert re.search(r"resuming .* after step \d+ of", done.stdout)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_says_so(data_dir, tmp_path):
+    """Rank 1 cannot read the data that rank 0 reads: the message must be its own."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(REPO)!r})\nfrom model.cli import run_main\n"
+        "def main():\n    if os.environ['RANK'] == '1':\n        raise ValueError('only mine')\n    time.sleep(60)\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run([*TWO, str(probe)], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert errors(done.stderr) == ["error: rank 1: only mine"]
 
 
 def test_resume_names_the_batch_that_other_ranks_need(data_dir, tmp_path):

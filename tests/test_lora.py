@@ -1,10 +1,12 @@
 """Adapters: model/lora.py, and their files as model/checkpoint.py reads them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from stages import assert_same, flags, log_rows, stage, stop_after
 
 from model.checkpoint import file_sha256, find_adapters, load_model, read_adapter, read_base, save_weights
 from model.LMConfig import LMConfig
@@ -372,3 +374,63 @@ def test_a_changed_adapter_is_refused(base):
     torch.save(state, file)
     with pytest.raises(ValueError, match="sha256 differs"):
         load_model(path, adapters=[file])
+
+
+# The stage
+
+
+def train_adapter(data_dir, base, out, *more: str) -> int:
+    arguments = flags(data_dir, out, "--init_from", str(base), "--batch_size", "4", *more, data="sft_data")
+    general = ["--replay_path", str(data_dir / "sft_data.csv"), "--general_path", str(data_dir / "sft_val.csv")]
+    return stage("4-lora_sft")([*arguments, *general])
+
+
+def test_the_stage_writes_an_adapter_and_leaves_the_weights_alone(data_dir, sft_weights, tmp_path):
+    before = sft_weights.read_bytes()
+    more = ["--lora_name", "x", "--epochs", "2", "--modules_to_save", "output,norm", "--rank", "4"]
+    assert train_adapter(data_dir, sft_weights, tmp_path, *more) == 0
+    assert sft_weights.read_bytes() == before
+    state = torch.load(tmp_path / "lora_x_32.pth", weights_only=True)
+    assert {"tok_embeddings.weight", "norm.weight"} == {name for name in state if "lora" not in name}
+    assert all(state[name].abs().max() > 0 for name in state if "lora_B" in name)
+    meta = json.loads((tmp_path / "lora_x_32.json").read_text())
+    assert meta["lora"]["rank"] == 4 and meta["base"]["sha256"] == file_sha256(sft_weights)
+    rows, general = log_rows(tmp_path, "lora_x_32"), log_rows(tmp_path, "lora_x_32", "general")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert [row["step"] for row in general] == [0, rows[-1]["step"]]
+    assert meta["general"] == {"loss": general[1]["loss"], "loss_before": general[0]["loss"]}
+    model, _ = load_model(sft_weights, tokenizer=TOKENIZER, adapters=[tmp_path / "lora_x_32.pth"])
+    assert model.output.weight is model.tok_embeddings.weight
+    assert torch.equal(model.norm.weight, state["norm.weight"])
+
+
+def test_resume_of_an_adapter_is_bit_identical_and_checks_its_base(data_dir, sft_weights, tmp_path):
+    steps = ["--max_steps", "12", "--save_interval", "1", "--dropout", "0.1"]
+    assert train_adapter(data_dir, sft_weights, tmp_path / "whole", *steps) == 0
+    stop_after(5, lambda: train_adapter(data_dir, sft_weights, tmp_path / "half", *steps))
+    with pytest.raises(ValueError, match="adapter's rank was 8, now it is 4"):
+        train_adapter(data_dir, sft_weights, tmp_path / "half", *steps, "--rank", "4", "--resume")
+    other = tmp_path / "other.pth"
+    state = torch.load(sft_weights, weights_only=True)
+    state["norm.weight"] = state["norm.weight"] * 1.01
+    torch.save(state, other)
+    (tmp_path / "other.json").write_text(
+        json.dumps(json.loads(sft_weights.with_suffix(".json").read_text()) | {"sha256": file_sha256(other)})
+    )
+    with pytest.raises(ValueError, match="base weights was"):
+        train_adapter(data_dir, other, tmp_path / "half", *steps, "--resume")
+    assert train_adapter(data_dir, sft_weights, tmp_path / "half", *steps, "--resume") == 0
+    whole, half = (torch.load(tmp_path / out / "lora_identity_32.pth", weights_only=True) for out in ("whole", "half"))
+    assert_same(whole, half)
+
+
+def test_replay_keeps_what_was_taught(data_dir, sft_weights, tmp_path):
+    """Learning one answer by heart costs the general loss; with most rows replayed it costs less."""
+    one = tmp_path / "one_data.csv"
+    one.write_text("history,q,a\n" + "[],春夏秋冬？,花花花花花花花花。\n" * 40, encoding="utf-8")
+    after = []
+    for share in ("0", "0.8"):
+        more = ["--data_path", str(one), "--val_path", "", "--epochs", "8", "--learning_rate", "1e-2"]
+        assert train_adapter(data_dir, sft_weights, tmp_path / share, *more, "--replay_share", share) == 0
+        after.append(log_rows(tmp_path / share, "lora_identity_32", "general")[-1]["loss"])
+    assert after[1] < 0.8 * after[0]
