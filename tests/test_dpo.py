@@ -221,13 +221,14 @@ def test_the_other_losses_train(more, data_dir, sft_weights, tmp_path):
     assert log_rows(tmp_path, "rl_32", "val")[-1]["accuracy"] > 0.85
 
 
-def test_sft_coef_keeps_the_chosen_answers_likely(data_dir, sft_weights, tmp_path):
-    chosen = []
-    for coef in ("0", "1"):
+def test_sft_coef_trains_the_chosen_answers_for_themselves(data_dir, sft_weights, tmp_path):
+    """What the chosen share with the rejected, how an answer ends, becomes likelier too."""
+    rejected = []
+    for coef in ("0", "30"):
         more = ["--epochs", "2", "--learning_rate", "1e-3", "--sft_coef", coef]
         assert train(data_dir, sft_weights, tmp_path / coef, *more) == 0
-        chosen.append(log_rows(tmp_path / coef, "rl_32", "val")[-1]["chosen_logp"])
-    assert chosen[1] > chosen[0] + 1
+        rejected.append(log_rows(tmp_path / coef, "rl_32", "val")[-1]["rejected_logp"])
+    assert rejected[1] > rejected[0] + 1
 
 
 def test_bad_settings_are_one_line(data_dir, sft_weights, tmp_path, capsys):
