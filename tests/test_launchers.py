@@ -75,6 +75,7 @@ def test_a_sharded_run_has_the_losses_and_weights_of_one_process(way, data_dir, 
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fsdp_computes_in_bfloat16_what_one_process_does(data_dir, tmp_path):
     """Norms and router stay float32, as autocast leaves them: rounded, they would move the loss by more."""
     arguments = ["--max_steps", "3", "--learning_rate", "1e-2", *MOE, "--dtype", "bfloat16"]
