@@ -37,7 +37,7 @@ from tqdm import tqdm
 from model.checkpoint import atomic_write
 from model.cli import ROOT, number, positive_float, run_main
 from model.dataset import read_records, to_text
-from model.tokenizer import CHAT_TEMPLATE, DEFAULT_DIR, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from model.tokenizer import DEFAULT_DIR, SPECIAL_TOKENS, Tokenizer, load_tokenizer, tokenizer_config
 
 MIN_VOCAB = len(SPECIAL_TOKENS) + 256
 SHOWN_BAD_LINES = 5
@@ -190,33 +190,12 @@ def save(tokenizer_json: str, directory: Path) -> None:
     files = {
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
-        "tokenizer_config.json": json.dumps(config(), ensure_ascii=False, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(tokenizer_config(), ensure_ascii=False, indent=2) + "\n",
         "tokenizer.json": tokenizer_json,
     }
     for name, content in files.items():
         with atomic_write(directory / name, "w") as file:
             file.write(content)
-
-
-def config() -> dict:
-    """Returns the content of tokenizer_config.json, which transformers' AutoTokenizer reads."""
-    unk, bos, eos = SPECIAL_TOKENS
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(i): {"content": token} | flags for i, token in enumerate(SPECIAL_TOKENS)}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": added,
-        "unk_token": unk,
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": None,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,  # only for transformers' warnings: the model sets the real limit
-        "chat_template": CHAT_TEMPLATE,
-    }
 
 
 # 4. Check

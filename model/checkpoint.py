@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from model.LMConfig import SIZES, LMConfig
-from model.lora import LoRAConfig, adapter_state, add_adapter, check_fit, merge_state
+from model.lora import LoRAConfig, adapter_state, add_adapter, check_fit, load_adapter_state, merge_state
 from model.model import Transformer
 from model.tokenizer import Tokenizer
 
@@ -452,13 +452,11 @@ class Checkpoint:
                     f"cannot resume {self.resume_path}: {name} was {before}, now it is {now}; "
                     f"{what}, or start anew without --resume"
                 )
-        own = self.model.state_dict()
         if self.names is None:
             check_shapes(self.resume_path, saved["model"], self.model)
+            self.model.load_state_dict(saved["model"])
         else:
-            check_fit({name: own[name].shape for name in self.names}, saved["model"], str(self.resume_path))
-        for name, value in saved["model"].items():
-            own[name].copy_(value)
+            load_adapter_state(self.model, saved["model"], str(self.resume_path))
         self.run.parallel.load_optimizer(self.optimizer, saved["optimizer"])
         self.run.parallel.scaler.load_state_dict(saved["scaler"])
         self.run.set_rng_states(saved["rng"])

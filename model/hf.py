@@ -25,7 +25,7 @@ from model.checkpoint import atomic_write
 from model.LMConfig import LMConfig
 from model.lora import TIED, LoRAConfig, adapter_state, add_adapter, check_fit
 from model.model import Transformer
-from model.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
+from model.tokenizer import Tokenizer, tokenizer_config
 
 WORDS = {  # ours: theirs, for the words between the dots of a name; other words are the same
     "tok_embeddings": "embed_tokens",
@@ -132,21 +132,6 @@ def hf_config(config: LMConfig) -> dict:
         "qkv_bias": True,
         "router_aux_loss_coef": config.aux_loss_alpha,
         "use_sliding_window": False,
-    }
-
-
-def tokenizer_config() -> dict:
-    """The content of tokenizer_config.json; vocabulary and special tokens are in tokenizer.json."""
-    unk, bos, eos = SPECIAL_TOKENS
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": unk,
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": None,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,  # only for transformers' warnings: the model sets the real limit
-        "chat_template": CHAT_TEMPLATE,
     }
 
 

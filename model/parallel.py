@@ -94,9 +94,6 @@ class DDP(Single):
     def sync_grads(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.model.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss * dist.get_world_size())  # the average becomes the sum
-
 
 class Sharded(Single):
     """What FSDP and ZeRO share: the whole optimizer state of a resumed run would not fit on the device."""
@@ -105,9 +102,6 @@ class Sharded(Single):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, values in saved["state"].items():
             optimizer.state[parameters[index]] = values  # on the CPU, until `wrap` takes this rank's share
-
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss * dist.get_world_size())  # the average becomes the sum
 
 
 class FSDP(Sharded):
@@ -217,7 +211,7 @@ class ZeRO(Sharded):
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.model.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, clip: float) -> float:
         self.model.step()

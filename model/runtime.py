@@ -279,8 +279,8 @@ class Run:
         return self.parallel.sync_grads(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this rank's share of the step's loss."""
-        self.parallel.backward(loss)
+        """Adds the gradient of this rank's share of the step's loss. DDP, FSDP and ZeRO average; undone here."""
+        self.parallel.backward(loss * self.world_size)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> float:
         """Clips, updates the weights, clears the gradients; returns the gradient's norm before clipping."""

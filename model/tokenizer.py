@@ -26,6 +26,27 @@ CHAT_TEMPLATE = (
 )
 
 
+def tokenizer_config() -> dict:
+    """Returns the content of tokenizer_config.json, which transformers' AutoTokenizer reads."""
+    unk, bos, eos = SPECIAL_TOKENS
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = {str(i): {"content": token} | flags for i, token in enumerate(SPECIAL_TOKENS)}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": added,
+        "unk_token": unk,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,  # only for transformers' warnings: the model sets the real limit
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
 class ChatTokens(NamedTuple):
     """One encoded conversation; ids and mask have the same length."""
 
