@@ -8,7 +8,7 @@ import argparse
 import codecs
 import platform
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ NUCLEUS_GUESS = 256  # tokens that are enough for most nuclei; sorting all 6400 
 class Sampling:
     """How the tokens of one reply are chosen. Raises: ValueError naming a value out of its range.
 
-    Filters work in this order: repetition_penalty, temperature, top_k, top_p, min_p. The defaults are v1's.
+    They work in this order: logit_bias, the penalties, temperature, top_k, top_p, min_p. The defaults are v1's.
+    Source of presence and frequency penalty: OpenAI's API reference; they look at the reply only.
     """
 
     temperature: float = 0.7  # below 1: likely tokens become likelier; 0: always the likeliest
@@ -37,6 +38,9 @@ class Sampling:
     min_p: float = 0.0  # only tokens at least this share as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the reply become less likely
     seed: int | None = None  # same seed, same reply; None: another one each time
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the reply holds
+    frequency_penalty: float = 0.0  # subtracted as often as the reply holds the token
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id: what is added to its logit
 
     def __post_init__(self) -> None:
         ranges = {
@@ -46,6 +50,8 @@ class Sampling:
             "min_p": (0, 1),
             "repetition_penalty": (0.01, 100),
             "seed": (0, 2**63 - 1),
+            "presence_penalty": (-2, 2),
+            "frequency_penalty": (-2, 2),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -56,6 +62,14 @@ class Sampling:
                 raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
             if not low <= value <= high or value == float("inf"):
                 raise ValueError(f"{name} is {value}; it must be " + describe_range(low, high))
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or token < 0 or type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to numbers from -100 to 100")
+
+    @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """Rows that have these in common are computed together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
 
 def describe_range(low: float, high: float) -> str:
@@ -120,58 +134,94 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Chooses the next token of every row of a batch.
+    """Chooses the tokens of one reply: its settings, its random numbers and its memory of tokens seen.
 
-    Every row has its own settings, its own random numbers and its own memory of tokens seen, so what a row
-    gets does not depend on the rows beside it. Random numbers are drawn on the CPU: a seed means the same on
-    every device.
+    Random numbers are drawn on the CPU: a seed means the same on every device. Sampler.choose does it for the
+    rows of a batch; what a row gets does not depend on the rows beside it.
     """
 
-    def __init__(
-        self, rows: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab_size: int, device, eos_id: int | None
-    ):
-        self.rows = list(rows)
-        self.generators = [torch.Generator() for _ in rows]
-        for row, generator in zip(rows, self.generators, strict=True):
-            generator.manual_seed(random.getrandbits(62) if row.seed is None else row.seed)
-        self.seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
-        for seen, prompt in zip(self.seen, prompts, strict=True):
-            seen[torch.tensor(prompt, device=device)] = True
-        self.eos_id = eos_id
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, device, eos_id: int | None):
+        self.sampling, self.eos_id = sampling, eos_id
+        self.generator = torch.Generator()
+        self.generator.manual_seed(random.getrandbits(62) if sampling.seed is None else sampling.seed)
+        self.seen = self.counts = self.bias = None  # (V,) each, where the settings need it
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt, device=device)] = True
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self.counts = torch.zeros(vocab_size, device=device)
+        if sampling.logit_bias:
+            ids = list(sampling.logit_bias)
+            if max(ids) >= vocab_size:
+                raise ValueError(f"logit_bias holds token {max(ids)}; the model knows 0 to {vocab_size - 1}")
+            self.bias = torch.zeros(vocab_size, device=device)
+            self.bias[ids] = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float, device=device)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Shapes: logits (B, V) -> (B,) int64."""
+    @property
+    def adjusts(self) -> bool:
+        return self.seen is not None or self.counts is not None or self.bias is not None
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """The logits (V,) with bias and penalties."""
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.seen is not None:
+            penalized = penalize_repetition(logits, self.seen, self.sampling.repetition_penalty)
+            if self.eos_id is not None:  # every chat prompt holds it, and a reply must be able to end
+                penalized[self.eos_id] = logits[self.eos_id]
+            logits = penalized
+        if self.counts is not None:
+            logits = logits - self.sampling.frequency_penalty * self.counts
+            logits = logits - self.sampling.presence_penalty * (self.counts > 0)
+        return logits
+
+    def remember(self, token: int) -> None:
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.counts is not None:
+            self.counts[token] += 1
+
+    @staticmethod
+    def choose(logits: Tensor, rows: Sequence["Sampler"], allowed: Sequence[Tensor | None] = ()) -> list[int]:
+        """The next token of every row; `allowed` limits the choice of a row to the tokens that are True in it.
+
+        Shapes: logits (B, V), allowed (V,) bool each.
+        """
         logits = logits.float()
-        groups: dict[tuple, list[int]] = {}  # rows with equal settings are computed together
-        for i, row in enumerate(self.rows):
-            key = row.temperature, row.top_k, row.top_p, row.min_p, row.repetition_penalty
-            groups.setdefault(key, []).append(i)
-        if len(groups) == 1:
-            ids = self.choose(logits, range(len(self.rows)), self.seen, *next(iter(groups)))
-        else:
-            ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-            for key, members in groups.items():
-                ids[members] = self.choose(logits[members], members, self.seen[members], *key)
-        self.seen.scatter_(1, ids[:, None], True)
+        changed = [i for i, row in enumerate(rows) if row.adjusts]
+        limited = [i for i, mask in enumerate(allowed) if mask is not None]
+        if changed or limited:
+            logits = logits.clone()
+        for i in changed:
+            logits[i] = rows[i].adjust(logits[i])
+        for i in limited:
+            logits[i] = logits[i].masked_fill(~allowed[i].to(logits.device), float("-inf"))
+        groups: dict[tuple, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(row.sampling.filters, []).append(i)
+        ids = [0] * len(rows)
+        for filters, members in groups.items():
+            part = logits if len(groups) == 1 else logits[members]
+            for i, token in zip(members, draw_tokens(part, [rows[i] for i in members], *filters), strict=True):
+                ids[i] = token
+        for row, token in zip(rows, ids, strict=True):
+            row.remember(token)
         return ids
 
-    def choose(self, logits, members, seen, temperature, top_k, top_p, min_p, penalty) -> Tensor:
-        if penalty != 1:
-            penalized = penalize_repetition(logits, seen, penalty)
-            if self.eos_id is not None:  # every chat prompt holds it, and a reply must be able to end
-                penalized[:, self.eos_id] = logits[:, self.eos_id]
-            logits = penalized
-        if temperature < 1e-5:  # too near to 0 to divide by
-            return logits.argmax(-1)
-        uniform = torch.cat([torch.rand(1, 1, generator=self.generators[i]) for i in members])
-        probs = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return draw(probs, uniform.to(logits.device))
 
-    def select(self, rows: list[int]) -> None:
-        """Keeps the given rows of the batch, in that order."""
-        self.rows = [self.rows[i] for i in rows]
-        self.generators = [self.generators[i] for i in rows]
-        self.seen = self.seen[rows]
+def draw_tokens(logits: Tensor, rows: Sequence[Sampler], temperature, top_k, top_p, min_p) -> list[int]:
+    """A token for every row of logits (B, V), float32, all with the same filters."""
+    if temperature < 1e-5:  # too near to 0 to divide by
+        return logits.argmax(-1).tolist()
+    ids = None
+    if 0 < top_k < logits.shape[-1]:  # work on the k likeliest, in the order of their ids, as it would be on all
+        likeliest = logits.topk(top_k + 1)
+        if (likeliest.values[:, -1] < likeliest.values[:, -2]).all():  # not where several are equally likely
+            ids = likeliest.indices[:, :-1].sort(-1).values
+            logits = logits.gather(1, ids)
+    uniform = torch.cat([torch.rand(1, 1, generator=row.generator) for row in rows]).to(logits.device)
+    places = draw(distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), uniform)
+    return (places if ids is None else ids.gather(1, places[:, None])[:, 0]).tolist()
 
 
 # ---------------------------------------------------------------- 2. text as it comes
@@ -275,16 +325,17 @@ def stream(
     seeds = [None if settings.seed is None else (settings.seed + i) % 2**63 for i in range(len(prompts))]
     rows = [Sampling(**{**sampling, "seed": seed}) for seed in seeds]
     device = next(model.parameters()).device
-    sampler = Sampler(rows, prompts, model.config.vocab_size, device, eos_id)
+    vocab_size = model.config.vocab_size
+    samplers = [Sampler(row, prompt, vocab_size, device, eos_id) for row, prompt in zip(rows, prompts, strict=True)]
     streamers = [tokenizer and TextStreamer(tokenizer, stop) for _ in prompts]
     replies = [Reply(len(prompt)) for prompt in prompts]
 
     running = list(range(len(prompts)))  # rows of the batch, by their number
     logits, cache = prefill(model, prompts, max(limits) - 1)
     while True:
-        next_ids = sampler(logits)
+        next_ids = Sampler.choose(logits, samplers)
         unfinished = []
-        for place, (row, token) in enumerate(zip(running, next_ids.tolist(), strict=True)):
+        for place, (row, token) in enumerate(zip(running, next_ids, strict=True)):
             reply, streamer, text = replies[row], streamers[row], ""
             if token == eos_id:
                 reply.finish_reason = "stop"
@@ -306,10 +357,10 @@ def stream(
             return
         if len(unfinished) < len(running):
             running = [running[place] for place in unfinished]
-            next_ids = next_ids[unfinished]
-            sampler.select(unfinished)
+            next_ids = [next_ids[place] for place in unfinished]
+            samplers = [samplers[place] for place in unfinished]
             cache.select(torch.tensor(unfinished, device=device))
-        logits, _ = model(next_ids[:, None], cache=cache)
+        logits, _ = model(torch.tensor(next_ids, device=device)[:, None], cache=cache)
         logits = logits[:, 0]
 
 

@@ -6,6 +6,7 @@ E routed experts, F width inside SwiGLU, N tokens or chosen positions as one fla
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -201,8 +202,12 @@ class Attention(nn.Module):
         cache: KVCache | None,
         starts: Tensor | None,
         mask: Tensor | None,  # (B, 1, T, S) bool, True where a query may look
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None,
     ) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in self.project(x, rotary))  # (B, heads, T, C)
+        q, k, v = self.project(x, rotary)
+        if attend is not None:
+            return self.wo(attend(layer, q, k, v).flatten(2))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, T, C)
         if cache is not None:
             k, v = cache.append(layer, k, v)
             q = q.type_as(k)
@@ -345,8 +350,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary, layer, cache, starts, mask, real) -> tuple[Tensor, Tensor | None]:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, layer, cache, starts, mask))
+    def forward(self, x, rotary, layer, cache, starts, mask, real, attend) -> tuple[Tensor, Tensor | None]:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, layer, cache, starts, mask, attend))
         h, aux = self.ffn_norm(x), None
         if isinstance(self.feed_forward, MoE):
             h, aux = self.feed_forward(h, real)
@@ -408,13 +413,35 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Next-token logits (B, T, V), and the MoE balance loss (0-dim float32, 0 for a dense model).
 
+        select: (B, T) bool; logits come for these positions only, as (N, V) in row-major order. The other
+        arguments are those of hidden_states.
+        """
+        x, balance = self.hidden_states(
+            input_ids, documents=documents, attention_mask=attention_mask, positions=positions, cache=cache
+        )
+        if select is not None:
+            x = x[select]
+        return self.output(self.norm(x)), balance
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the last block gives, (B, T, D), before the last norm and the output layer; and the MoE balance loss.
+
         Args:
             input_ids: (B, T) int64.
             documents: (B, T) int, for packed rows: a token sees its own document only; 0 marks padding.
             attention_mask: (B, S) bool, False where a padded batch holds no token, left or right.
             positions: (B, T) int, when not 0, 1, 2, ... over the real tokens of the row.
             cache: keys and values of the tokens before these, extended in place by this call.
-            select: (B, T) bool; logits come for these positions only, as (N, V) in row-major order.
+            attend: takes the place of attention: (layer, q (B, T, H, C), k and v (B, T, K, C)) to (B, T, H, C).
         """
         B, T = input_ids.shape
         device = input_ids.device
@@ -451,7 +478,7 @@ class Transformer(nn.Module):
         x = self.dropout(self.tok_embeddings(input_ids))
         balance = []
         for index, block in enumerate(self.layers):
-            inputs = (x, rotary, index, cache, starts, mask, real)
+            inputs = (x, rotary, index, cache, starts, mask, real, attend)
             if self.grad_checkpoint:
                 x, aux = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -460,7 +487,4 @@ class Transformer(nn.Module):
                 balance.append(aux)
         if cache is not None:
             cache.length = past + T
-        if select is not None:
-            x = x[select]
-        logits = self.output(self.norm(x))
-        return logits, torch.stack(balance).sum() if balance else logits.new_zeros((), dtype=torch.float32)
+        return x, torch.stack(balance).sum() if balance else x.new_zeros((), dtype=torch.float32)

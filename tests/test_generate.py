@@ -236,13 +236,57 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_the_sign():
     assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 0.0, 2.0, -2.0]]
 
 
+def samplers(rows, prompts, vocab_size):
+    return [Sampler(row, prompt, vocab_size, CPU, eos_id=2) for row, prompt in zip(rows, prompts, strict=True)]
+
+
 def test_repetition_penalty_counts_prompt_and_reply_but_not_the_end_token():
-    rows = [Sampling(temperature=0, repetition_penalty=2.0)] * 2
-    sampler = Sampler(rows, [[3, 3], [4, 2]], 6, CPU, eos_id=2)
+    rows = samplers([Sampling(temperature=0, repetition_penalty=2.0)] * 2, [[3, 3], [4, 2]], 6)
     first = torch.tensor([[0.0, 0.0, 0.0, 5.0, 3.0, 2.8], [0.0, 0.0, 4.0, 0.0, 5.0, 3.0]])
-    assert sampler(first).tolist() == [4, 2]  # 3 in the first prompt halved to 2.5; the end token not halved
+    assert Sampler.choose(first, rows) == [4, 2]  # 3 in the first prompt halved to 2.5; the end token not halved
     again = torch.tensor([[0.0, 0.0, 0.0, 5.0, 3.0, 2.8], [-1.0, -9.0, -9.0, -9.0, -0.6, -9.0]])
-    assert sampler(again).tolist() == [5, 0]  # 4 is in the first reply now; -0.6 doubled is below -1
+    assert Sampler.choose(again, rows) == [5, 0]  # 4 is in the first reply now; -0.6 doubled is below -1
+
+
+def test_presence_and_frequency_penalty_count_the_reply_only():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 2.0, 1.7, 1.2]])
+    (row,) = samplers([Sampling(temperature=0, presence_penalty=0.5)], [[3, 3, 3]], 6)
+    # the 3 of the prompt counts for nothing; then 3 has 1.5, then 4 has 1.2; once there, often is not worse
+    assert [Sampler.choose(logits, [row])[0] for _ in range(4)] == [3, 4, 3, 3]
+    (row,) = samplers([Sampling(temperature=0, frequency_penalty=0.5)], [[3, 3, 3]], 6)
+    # 3: 2.0, 1.5, 1.0   4: 1.7, 1.2, 0.7   5: 1.2, 0.7; equal ones do not occur before the last
+    assert [Sampler.choose(logits, [row])[0] for _ in range(3)] == [3, 4, 3]
+    (row,) = samplers([Sampling(temperature=0, frequency_penalty=-2.0)], [[5]], 6)
+    assert [Sampler.choose(logits, [row])[0] for _ in range(3)] == [3, 3, 3]
+
+
+def test_logit_bias_and_allowed_tokens():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 2.0, 1.7, 1.2]] * 2)
+    rows = samplers([Sampling(temperature=0, logit_bias={5: 1, 3: -100}), Sampling(temperature=0)], [[1]] * 2, 6)
+    assert Sampler.choose(logits, rows) == [5, 3]
+    only = torch.tensor([False, True, True, False, False, False])
+    assert Sampler.choose(logits, rows, [None, only]) == [5, 1]
+    assert logits.unique().tolist() == torch.tensor([0.0, 1.2, 1.7, 2.0]).tolist(), "the caller's logits stay"
+    drawn = samplers([Sampling(temperature=2.0, top_k=4, seed=1)], [[1]], 6)
+    assert {Sampler.choose(logits[:1], drawn, [only])[0] for _ in range(40)} == {1, 2}
+    with pytest.raises(ValueError, match="token 6; the model knows 0 to 5"):
+        samplers([Sampling(logit_bias={6: 1.0})], [[1]], 6)
+    for bad in ({1: 101}, {"1": 1}, {-1: 1}, {1: float("nan")}, {1: True}):
+        with pytest.raises(ValueError, match="logit_bias"):
+            Sampling(logit_bias=bad)
+
+
+def test_the_k_likeliest_are_found_as_on_the_whole_vocabulary():
+    """choose works on k candidates; equal logits at the edge must all be in, as distribution defines it."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
+    logits[2].mul_(2).round_()  # many equal ones
+    for settings in (dict(top_k=5), dict(top_k=49), dict(top_k=7, top_p=0.6), dict(top_k=9, min_p=0.2)):
+        probs = distribution(logits, temperature=0.9, **settings)
+        generators = [torch.Generator().manual_seed(i) for i in range(4)]
+        rows = samplers([Sampling(temperature=0.9, seed=i, **settings) for i in range(4)], [[1]] * 4, 50)
+        for _ in range(20):
+            uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
+            assert Sampler.choose(logits, rows) == draw(probs, uniform).tolist()
 
 
 def test_generate_repeats_less_with_a_penalty(tiny_model):
@@ -253,23 +297,15 @@ def test_generate_repeats_less_with_a_penalty(tiny_model):
 
 
 def test_rows_with_settings_of_their_own():
-    rows = [Sampling(temperature=5e-324), Sampling(temperature=1.0, top_k=1)]
-    rows.append(Sampling(temperature=1.0, top_k=0, seed=5))
+    settings = [Sampling(temperature=5e-324), Sampling(temperature=1.0, top_k=1)]
+    settings.append(Sampling(temperature=1.0, top_k=0, seed=5))
     logits = torch.randn(3, 50)
-    mixed = Sampler(rows, [[1]] * 3, 50, CPU, 2)
-    alone = [Sampler([row], [[1]], 50, CPU, 2) for row in rows]
+    mixed, alone = samplers(settings, [[1]] * 3, 50), samplers(settings, [[1]] * 3, 50)
     for _ in range(5):
-        got = mixed(logits)
-        assert got.tolist() == [one(logits[i : i + 1]).item() for i, one in enumerate(alone)]
-        assert got[:2].tolist() == logits.argmax(-1)[:2].tolist()
-    mixed.select([2])
-    assert mixed(logits[2:]).item() == alone[2](logits[2:]).item()
-
-
-def test_rows_that_stay_keep_the_tokens_they_have_seen():
-    sampler = Sampler([Sampling(temperature=0, repetition_penalty=9.0)] * 2, [[3], [4]], 6, CPU, eos_id=2)
-    sampler.select([1])
-    assert sampler(torch.tensor([[0.0, 0.0, 0.0, 4.0, 5.0, 0.0]])).tolist() == [3]
+        got = Sampler.choose(logits, mixed)
+        assert got == [Sampler.choose(logits[i : i + 1], [row])[0] for i, row in enumerate(alone)]
+        assert got[:2] == logits.argmax(-1)[:2].tolist()
+    assert Sampler.choose(logits[2:], mixed[2:]) == Sampler.choose(logits[2:], alone[2:])
 
 
 def test_seeds(tiny_model):
