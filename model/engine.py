@@ -251,7 +251,7 @@ class _Attention:
             seen = keys[slot, None, :, :length], values[slot, None, :, :length]
             out = fused_attention(q[:, tokens].transpose(1, 2), *seen, None, mask)  # (1, H, T, C)
             parts.append(out[0].transpose(0, 1))
-        return torch.cat(parts)[None]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
 
 
 # ---------------------------------------------------------------- 3. the engine
@@ -429,6 +429,8 @@ class Engine:
         self.stats.completion_tokens += len(jobs)
         now = time.perf_counter()
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            if job.finish_reason:  # cancelled by the news of a job before it
+                continue
             request, streamer = job.request, job.streamer
             job.first_token_at = job.first_token_at or now
             if token == request.eos_id:

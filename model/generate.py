@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.model import Attention, FeedForward, KVCache, Transformer
+from model.model import Attention, FeedForward, KVCache, RMSNorm, Transformer
 from model.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens of one forward pass; bounds the memory that a long prompt takes
@@ -484,14 +485,25 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
+class HalfLinear(nn.Module):
+    """x W^T with W stored in float16, x and the products in float32, by FBGEMM: half the memory to read."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+
+
 class PackedAttention(Attention):
     """Attention with packed weights, those of queries, keys and values in one matrix."""
 
-    def __init__(self, plain: Attention):
+    def __init__(self, plain: Attention, linear: type[nn.Module]):
         nn.Module.__init__(self)
         self.config = plain.config
-        self.wqkv = PackedLinear(torch.cat([plain.wq.weight, plain.wk.weight, plain.wv.weight]))
-        self.wo = PackedLinear(plain.wo.weight)
+        self.wqkv = linear(torch.cat([plain.wq.weight, plain.wk.weight, plain.wv.weight]))
+        self.wo = linear(plain.wo.weight)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As Attention.project; a pair of channels turns as one complex number, in fewer operations."""
@@ -515,31 +527,52 @@ class PackedFeedForward(nn.Module):
         return linear(linear(x, gate, self.w3, None, "mul"), self.w2, None, "none", [], "")
 
 
+class FusedNorm(nn.Module):
+    """RMSNorm in float32, in one call."""
+
+    def __init__(self, plain: RMSNorm):
+        super().__init__()
+        self.weight, self.eps = plain.weight, plain.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where the packed kernels exist: x86 CPUs with oneDNN; bfloat16 if the CPU has AVX-512."""
+    """True where the packed kernels exist: x86 CPUs with oneDNN, or FBGEMM for float16; bfloat16 needs AVX-512."""
     if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
+    if dtype == torch.float16:
+        return "fbgemm" in torch.backends.quantized.supported_engines
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def prepare(model: Transformer, device: torch.device | str, dtype: torch.dtype) -> Transformer:
-    """The model itself, moved, in eval mode and made fast for generating; it can no longer be trained or saved."""
+    """The model itself, moved, in eval mode and made fast for generating; it can no longer be trained or saved.
+
+    float16 on an x86 CPU is the format of the weights only: it has no float16 arithmetic.
+    """
     device = torch.device(device)
-    model.to(device, dtype).eval().requires_grad_(False)
+    half = dtype == torch.float16 and can_pack(device, dtype)
+    model.to(device, torch.float32 if half else dtype).eval().requires_grad_(False)
     if can_pack(device, dtype):
-        pack(model)
+        pack(model, HalfLinear if half else PackedLinear)
     return model
 
 
-def pack(module: nn.Module) -> None:
+def pack(module: nn.Module, linear: type[nn.Module]) -> None:
     for name, child in list(module.named_children()):
-        if isinstance(child, FeedForward):
+        if isinstance(child, FeedForward) and linear is PackedLinear:
             setattr(module, name, PackedFeedForward(child))
         elif isinstance(child, Attention):
-            setattr(module, name, PackedAttention(child))
+            setattr(module, name, PackedAttention(child, linear))
         elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child.weight))
+            setattr(module, name, linear(child.weight))
+        elif isinstance(child, RMSNorm) and child.weight.dtype == torch.float32:
+            setattr(module, name, FusedNorm(child))
+        elif isinstance(child, nn.Dropout):
+            setattr(module, name, nn.Identity())
         else:
-            pack(child)
+            pack(child, linear)
