@@ -15,9 +15,11 @@ Shape letters as in model.py; r is an adapter's rank.
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -185,6 +187,168 @@ def write_safetensors(file: IO[bytes], shapes: Mapping[str, torch.Size], tensors
     for wanted, (name, tensor) in zip(shapes, tensors, strict=True):
         assert name == wanted and tensor.shape == shapes[name], (name, wanted, tensor.shape)
         file.write(tensor.detach().float().contiguous().numpy())
+
+
+def load_folder(directory: Path | str) -> tuple[dict[str, Tensor], LMConfig, Path]:
+    """(state dict by our names in float32, configuration, tokenizer's folder) of a folder as save_folder writes it.
+
+    Other folders of a Llama or Qwen2Moe model will do if ours computes exactly the same. Only .safetensors and .json
+    are read, nothing is executed. The tokenizer is not looked at: load_tokenizer tells whether it can be used.
+    Raises: ValueError naming the file, and the setting or tensor that ours does not have.
+    """
+    folder = Path(directory)
+    values = _read_json(folder / "config.json")
+    config = our_config(values, folder / "config.json")
+    tensors = _read_safetensors(folder)
+    shared = [value for name, value in tensors.items() if ".shared_expert." in name]
+    is_without = config.use_moe and config.n_shared_experts == 1 and not any(value.any() for value in shared)
+    if is_without:  # hf_constants made zeros of it
+        config = replace(config, n_shared_experts=0)
+
+    embeddings, output = tensors.get("model.embed_tokens.weight"), tensors.pop("lm_head.weight", None)
+    if output is None and not values.get("tie_word_embeddings"):
+        raise ValueError(f"{folder}: lm_head.weight is missing, and tie_word_embeddings is not true in config.json")
+    if output is not None and embeddings is not None and not torch.equal(output, embeddings):
+        raise ValueError(f"{folder}: lm_head.weight is not embed_tokens.weight; they are one tensor here")
+    with torch.device("meta"):
+        ours = Transformer(config).state_dict()
+    wanted = {hf_name(name): value for name, value in ours.items() if name != "output.weight"}
+    constants = hf_constants(config)
+    theirs = wanted | constants
+    for name in sorted(theirs.keys() | tensors.keys()):
+        have = tuple(tensors[name].shape) if name in tensors else "missing"
+        need = tuple(theirs[name].shape) if name in theirs else "not there"
+        if have != need:
+            raise ValueError(f"{folder}: {name} is {have}, in a model of this config.json it is {need}")
+        if name in constants and tensors[name].any():
+            raise ValueError(f"{folder}: {name} is not all zeros; this toolkit's model does not have it")
+    state = {}
+    for name in ours:
+        if name != "output.weight":
+            value = tensors.pop(hf_name(name)).float()
+            state[name] = hf_value(name.removesuffix(".weight"), value, config, back=True)
+        else:
+            state[name] = state["tok_embeddings.weight"]
+    return state, config, folder
+
+
+def our_config(values: dict, file: Path) -> LMConfig:
+    """The configuration of a model of ours that computes what this config.json says, the reverse of hf_config.
+
+    file: where it came from, for messages.
+    Raises: ValueError naming the setting that ours does not have.
+    """
+    kind = values.get("model_type")
+    if kind not in ("llama", "qwen2_moe"):
+        raise ValueError(f"{file} has model_type {kind!r}; this toolkit's models are llama or qwen2_moe")
+    use_moe = kind == "qwen2_moe"
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5 and 4
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} has rope_scaling={rope!r}; it must be an object")
+    found = {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+    }  # theirs, where it is left out
+    found |= {"num_key_value_heads": values.get("num_attention_heads"), "router_aux_loss_coef": 0.001}
+    found |= {name: value for name, value in (values | rope).items() if value is not None}
+    numbers = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+    numbers += ["max_position_embeddings", "moe_intermediate_size" if use_moe else "intermediate_size"]
+    numbers += ["num_experts", "num_experts_per_tok", "shared_expert_intermediate_size"] if use_moe else []
+    for name in numbers:
+        if type(found.get(name)) is not int or found[name] < 1:
+            raise ValueError(f"{file} has {name}={found.get(name)!r}; it must be a whole number, at least 1")
+    for name in ("rms_norm_eps", "rope_theta", "router_aux_loss_coef"):
+        if type(found[name]) not in (int, float):
+            raise ValueError(f"{file} has {name}={found[name]!r}; it must be a number")
+    only = {  # what ours can be; the same if the setting is left out
+        "hidden_act": "silu",
+        "head_dim": found["hidden_size"] // found["num_attention_heads"],
+        "rope_type": "default",
+        "type": "default",  # rope_type in older files
+        "partial_rotary_factor": 1,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window" if use_moe else "sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "quantization_config": {},
+    }
+    for name, value in only.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{file} has {name}={found[name]!r}; this toolkit's models have {value!r}")
+    numbers_of_moe = {}
+    if use_moe:
+        n_shared, rest = divmod(found["shared_expert_intermediate_size"], found["moe_intermediate_size"])
+        if rest:
+            raise ValueError(
+                f"{file} has shared_expert_intermediate_size={found['shared_expert_intermediate_size']}; it must be "
+                f"a multiple of moe_intermediate_size={found['moe_intermediate_size']}"
+            )
+        numbers_of_moe = dict(
+            use_moe=True,
+            num_experts_per_tok=found["num_experts_per_tok"],
+            n_routed_experts=found["num_experts"],
+            n_shared_experts=n_shared,
+            norm_topk_prob=bool(found.get("norm_topk_prob")),
+            aux_loss_alpha=found["router_aux_loss_coef"],
+        )
+    try:
+        return LMConfig(
+            dim=found["hidden_size"],
+            n_layers=found["num_hidden_layers"],
+            n_heads=found["num_attention_heads"],
+            n_kv_heads=found["num_key_value_heads"],
+            vocab_size=found["vocab_size"],
+            hidden_dim=found["moe_intermediate_size" if use_moe else "intermediate_size"],
+            norm_eps=found["rms_norm_eps"],
+            max_seq_len=found["max_position_embeddings"],
+            rope_theta=found["rope_theta"],
+            **numbers_of_moe,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file} does not exist; give the folder of a model as save_pretrained writes it") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: it does not hold a JSON object")
+    return values
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by their names there, from model.safetensors or from the files of its index."""
+    if (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif (folder / "model.safetensors.index.json").is_file():
+        index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+        names = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder / 'model.safetensors.index.json'} is damaged: its weight_map names no files")
+    else:
+        pickled = "; .bin files are not read, they can run programs" if list(folder.glob("*.bin")) else ""
+        raise ValueError(f"{folder / 'model.safetensors'} does not exist{pickled}; save the model as safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= safetensors.torch.load_file(folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{folder / name} does not exist, though the index names it") from None
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder / name} is damaged: {error}") from None
+    for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{folder}: {name} is of type {str(value.dtype)[6:]}; only float32, float16, bfloat16 are read"
+            )
+    # Old files of Llama hold the rotary frequencies too, which follow from rope_theta.
+    return {name: value for name, value in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
 
 
 # peft's adapters
