@@ -28,14 +28,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from model.checkpoint import atomic_write, find_adapters, find_weights, load_model
+from model.chat import ChatModel, conversation, with_seed
+from model.checkpoint import atomic_write, find_adapters, find_weights
 from model.cli import add_lora_flag, add_place_flags, non_negative_int, number, one_line, positive_int, run_main
 from model.dataset import read_records
-from model.generate import FittedPrompt, Sampling, add_sampling_flags, fit_messages, generate, prepare, stream
+from model.generate import Sampling, add_sampling_flags
 from model.LMConfig import SIZES
-from model.model import Transformer
-from model.runtime import keep_freed_memory, pick_device, pick_dtype
-from model.tokenizer import Tokenizer, load_tokenizer
 
 HELP = """\
 /set               the settings      /set temperature=0.5   change one
@@ -76,24 +74,22 @@ def main(argv: list[str] | None = None) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     questions = read_questions(args)
 
-    device = pick_device(args.device)
-    dtype, reason = pick_dtype(args.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    tokenizer = load_tokenizer(args.tokenizer_dir)
-    path = find_weights(args.weight, args.out_dir, args.size)
-    adapters = find_adapters(args.lora, args.out_dir, args.size)
-    model, _ = load_model(path, tokenizer=tokenizer, n_heads=args.n_heads, adapters=adapters)
-    millions = model.num_parameters() / 1e6
-    files = " + ".join(map(str, [path, *adapters]))
-    print(f"{files}: {millions:.1f}M parameters, {device}, {str(dtype)[6:]} ({reason})", file=sys.stderr)
-    model = prepare(model, device, dtype)
-
-    chat = Chat(args, model, tokenizer, sampling)
+    model = ChatModel.from_pretrained(
+        find_weights(args.weight, args.out_dir, args.size),
+        lora=find_adapters(args.lora, args.out_dir, args.size),
+        tokenizer_dir=args.tokenizer_dir,
+        n_heads=args.n_heads,
+        device=args.device,
+        dtype=args.dtype,
+        max_batch=min(args.batch_size, len(questions)) or 1,
+        max_queue=len(questions),
+        max_seq_len=args.max_seq_len,
+    )
+    print(model.summary, file=sys.stderr)
     if questions:
-        answer(chat, questions, args.batch_size, args.json)
+        answer(model, questions, sampling, args)
     else:
-        chat.run()
+        Chat(model, sampling, args).run()
 
 
 # ---------------------------------------------------------------- questions from the command line or a file
@@ -113,6 +109,8 @@ def read_questions(args: argparse.Namespace) -> list[list[dict]]:
         content = record.get("prompt", record.get("text"))
         if isinstance(record.get("messages"), list):
             questions.append(record["messages"])
+            if [m.get("role") for m in record["messages"] if isinstance(m, dict)][-1:] == ["assistant"]:
+                on_bad(args.prompts_file, line_number, "the last message must be the user's, for the model to answer")
         elif isinstance(content, str):
             questions.append(first + [{"role": "user", "content": content}])
         else:
@@ -122,30 +120,32 @@ def read_questions(args: argparse.Namespace) -> list[list[dict]]:
     return questions
 
 
-def answer(chat: "Chat", questions: list[list[dict]], batch_size: int, as_json: bool) -> None:
+def answer(model: ChatModel, questions: list[list[dict]], sampling: Sampling, args: argparse.Namespace) -> None:
     """Prints the answers in order; question i draws its random numbers from the seed + i, whatever the batch."""
-    started, tokens = time.perf_counter(), 0
-    for start in range(0, len(questions), batch_size):
-        part = questions[start : start + batch_size]
-        fitted = [chat.fit(messages) for messages in part]
-        replies = generate(chat.model, [prompt.ids for prompt in fitted], **chat.settings(fitted, start))
-        for messages, prompt, reply in zip(part, fitted, replies, strict=True):
-            tokens += reply.completion_tokens
-            record = {
-                "prompt": messages[-1]["content"],
-                "reply": reply.text,
-                "finish_reason": reply.finish_reason,
-                "prompt_tokens": reply.prompt_tokens,
-                "completion_tokens": reply.completion_tokens,
-                "dropped_turns": prompt.dropped_turns,
-                "cut_tokens": prompt.cut_tokens,
-            }
-            if as_json:
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-            else:
-                print(f"Q: {record['prompt']}\nA: {reply.text}\n", flush=True)
-            if prompt.note:
-                print(f"[{prompt.note}]", file=sys.stderr)
+    started, tokens, jobs = time.perf_counter(), 0, []
+    for i, messages in enumerate(questions):
+        settings = vars(with_seed(sampling, i)) | {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
+        prompt, request = model.request(messages, **settings)
+        jobs.append((messages[-1]["content"], prompt, model.engine.submit(request)))
+    for question, prompt, job in jobs:
+        while job.finish_reason is None:
+            model.engine.step()
+        tokens += job.completion_tokens
+        record = {
+            "prompt": question,
+            "reply": job.text,
+            "finish_reason": job.finish_reason,
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": job.completion_tokens,
+            "dropped_turns": prompt.dropped_turns,
+            "cut_tokens": prompt.cut_tokens,
+        }
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        else:
+            print(f"Q: {question}\nA: {job.text}\n", flush=True)
+        if prompt.note:
+            print(f"[{prompt.note}]", file=sys.stderr)
     seconds = time.perf_counter() - started
     print(f"[{tokens} tokens, {seconds:.2f} s, {tokens / seconds:.0f} tokens/s]", file=sys.stderr)
 
@@ -156,25 +156,11 @@ def answer(chat: "Chat", questions: list[list[dict]], batch_size: int, as_json: 
 class Chat:
     """A conversation in the terminal, its settings and its history."""
 
-    def __init__(self, args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, sampling: Sampling):
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.limit = args.max_seq_len or model.config.max_seq_len
-        self.max_new_tokens, self.history, self.stop = args.max_new_tokens, args.history, args.stop
-        self.system = [{"role": "system", "content": args.system}] if args.system else []
-        self.turns: list[list[dict]] = []  # [question, answer] messages
+    def __init__(self, model: ChatModel, sampling: Sampling, args: argparse.Namespace):
+        self.model, self.sampling, self.system, self.stop = model, sampling, args.system, args.stop
+        self.max_new_tokens, self.history = args.max_new_tokens, args.history
+        self.turns: list[tuple[str, str]] = []  # question, answer
         self.turns_since_seed = 0
-
-    def fit(self, messages: list[dict]) -> FittedPrompt:
-        return fit_messages(messages, self.tokenizer, self.limit, min(self.max_new_tokens, self.limit // 2))
-
-    def settings(self, fitted: list[FittedPrompt], offset: int) -> dict:
-        """The arguments of generate and stream; `offset` is added to the seed."""
-        return vars(self.sampling) | {
-            "seed": None if self.sampling.seed is None else self.sampling.seed + offset,
-            "tokenizer": self.tokenizer,
-            "stop": self.stop,
-            "max_new_tokens": [min(self.max_new_tokens, self.limit - len(prompt.ids)) for prompt in fitted],
-        }
 
     def run(self) -> None:
         """Reads lines until Ctrl-D or /exit: a command begins with /, all else is sent exactly as typed."""
@@ -202,24 +188,25 @@ class Chat:
 
     def reply(self, question: str) -> None:
         """Streams the reply to a question; Ctrl-C ends it, and what was said until then is kept."""
-        asked = {"role": "user", "content": question}
         recent = self.turns[-self.history :] if self.history else []
-        prompt = self.fit([*self.system, *(message for turn in recent for message in turn), asked])
+        settings = vars(with_seed(self.sampling, self.turns_since_seed))
+        settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        prompt, request = self.model.request(conversation(question, recent, self.system), **settings)
         if prompt.note:
             print(f"[{prompt.note}]")
-        started, reply, interrupted = time.perf_counter(), None, False
+        text, tokens, why, started = "", 0, "interrupted", time.perf_counter()
         try:
-            for piece in stream(self.model, [prompt.ids], **self.settings([prompt], self.turns_since_seed)):
-                reply = piece.reply
-                print(piece.text, end="", flush=True)
+            with contextlib.closing(self.model.follow(request)) as progress:
+                for reply in progress:
+                    print(reply.text[len(text) :], end="", flush=True)
+                    text, tokens = reply.text, reply.tokens
+                why = f"ended by {reply.finish_reason}"
         except KeyboardInterrupt:
-            interrupted = True
+            pass
         seconds = time.perf_counter() - started
         self.turns_since_seed += 1
-        text, tokens = (reply.text, reply.completion_tokens) if reply else ("", 0)
         if text:
-            self.turns.append([asked, {"role": "assistant", "content": text}])
-        why = "interrupted" if interrupted else f"ended by {reply.finish_reason}"
+            self.turns.append((question, text))
         print(f"\n[{tokens} tokens, {tokens / seconds:.0f} tokens/s, {why}]", flush=True)
 
     def command(self, line: str) -> None:
@@ -265,7 +252,7 @@ class Chat:
         path = Path(os.path.expanduser(file))
         if path.exists():
             raise ValueError(f"{path} exists; give another name")
-        messages = [*self.system, *(message for turn in self.turns for message in turn)]
+        messages = conversation([], self.turns, self.system)
         with atomic_write(path, "w") as out:
             out.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
         print(f"saved {len(self.turns)} turn(s) to {path}")

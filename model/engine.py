@@ -81,6 +81,7 @@ class Update(NamedTuple):
     text: str  # new text; empty while a character or a stop string is incomplete
     logprobs: list[TokenLogprob]  # of the tokens whose text has come out, as far as not told before
     finish_reason: str | None  # None: it goes on; stop, length or cancelled
+    completion_tokens: int  # of the reply so far
 
 
 class Job:
@@ -132,7 +133,7 @@ class Job:
         if finish_reason:
             self.finished_at = time.perf_counter()
         if self.on_update and (text or told or finish_reason):
-            self.on_update(self, Update(text, told, finish_reason))
+            self.on_update(self, Update(text, told, finish_reason, len(self.ids)))
 
 
 # ---------------------------------------------------------------- 2. the KV cache

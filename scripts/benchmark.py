@@ -3,6 +3,7 @@
     python scripts/benchmark.py train                      our training step and that of transformers' Llama
     python scripts/benchmark.py train --v1 ../minimind     and MiniMind v1's, from a checkout of its repository
     python scripts/benchmark.py decode                     generation of one stream and of a batch
+    python scripts/benchmark.py serve                      many streams: the engine, the server, and others
     python scripts/benchmark.py memory                     memory of 1-pretrain.py with a small and a large file
 
 Everyone computes in a process of its own; they take turns, a round each. Printed are medians over the rounds, with
@@ -12,18 +13,25 @@ the smallest and the largest. --json writes everything.
 """
 
 import argparse
+import asyncio
+import atexit
+import contextlib
 import csv
 import itertools
 import json
 import os
 import platform
+import re
+import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,10 +39,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from model.checkpoint import atomic_write  # noqa: E402
+from model.checkpoint import atomic_write, save_weights  # noqa: E402
 from model.cli import ROOT, number, positive_int, run_main  # noqa: E402
 from model.dataset import IGNORE, PretrainData, read_records, to_text  # noqa: E402
-from model.generate import generate, prepare  # noqa: E402
+from model.engine import Engine, Request  # noqa: E402
+from model.generate import Sampling, generate, prepare, stream  # noqa: E402
 from model.LMConfig import SIZES, LMConfig  # noqa: E402
 from model.log import training_flops_per_token  # noqa: E402
 from model.model import Transformer  # noqa: E402
@@ -71,6 +80,16 @@ class Contestant:
         self.process.stdin.flush()
         return self.answer()
 
+    def end(self) -> None:
+        """Lets the process clean up; kills it if it will not end."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
     def answer(self) -> dict:
         """What the process says next. Raises: ValueError when it has failed; it has said why on stderr."""
         answer = self.process.stdout.readline()
@@ -95,14 +114,14 @@ def take_turns(names: list[str], args: argparse.Namespace, requests: list[dict])
                     bar.update()
     finally:
         for contestant in contestants:
-            contestant.process.kill()
-            contestant.process.communicate()
+            contestant.end()
     return results
 
 
 def contest(spec: str) -> None:
     """The life of a contestant's process: a line when it is ready, then one for every request line."""
     args = argparse.Namespace(**json.loads(spec))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print goes to stderr
     measure = CONTESTANTS[args.command, args.contestant](args)
@@ -367,18 +386,21 @@ def decode_ours(args) -> Callable[..., dict]:
 
 def decode_transformers(args) -> Callable[..., dict]:
     """LlamaForCausalLM.generate with its own cache, on the same weights."""
-    from transformers import GenerationConfig
-
     device = pick_device(args.device)
-    settings = GenerationConfig(max_new_tokens=args.new_tokens, do_sample=False, pad_token_id=0, use_cache=True)
 
-    @torch.inference_mode()
     def reply(model, prompts) -> list[list[int]]:
-        prompts = prompts.to(device)
-        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
-        return ids[:, prompts.shape[1] :].tolist()
+        return transformers_reply(model, prompts.to(device), args.new_tokens)
 
     return decode_rounds(args, lambda dtype: as_llama(random_model(args)).to(device, dtype), reply)
+
+
+@torch.inference_mode()
+def transformers_reply(model, prompts: torch.Tensor, new_tokens: int) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, use_cache=True)
+    ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+    return ids[:, prompts.shape[1] :].tolist()
 
 
 def as_llama(model: Transformer):
@@ -423,7 +445,173 @@ def decode(args: argparse.Namespace) -> dict:
     return {"cases": cases}
 
 
-# ---------------------------------------------------------------- 4. memory of pretraining
+# ---------------------------------------------------------------- 4. serving
+
+
+def serve_rounds(args, run: Callable[[list[list[int]], int], tuple[list[float], list[int]]]) -> Callable[..., dict]:
+    """A function that measures streams that start together.
+
+    `run(prompts, new_tokens)` returns seconds to the first token, and the number of new tokens, of every stream.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def measure(streams: int, prompt_tokens: int, new_tokens: int) -> dict:
+        prompts = torch.randint(3, 6400, (streams, prompt_tokens), generator=generator).tolist()
+        start = time.perf_counter()
+        first_seconds, counts = run(prompts, new_tokens)
+        seconds = time.perf_counter() - start
+        if counts != [new_tokens] * streams:
+            raise ValueError(f"the replies have {counts} tokens, not {new_tokens} each")
+        return {"tokens_per_second": streams * new_tokens / seconds, "first_seconds": first_seconds}
+
+    measure(16, 32, 16)  # to warm up
+    return measure
+
+
+def serve_engine(args) -> Callable[..., dict]:
+    """model/engine.py, in the process itself."""
+    device = pick_device(args.device)
+    model = prepare(random_model(args), device, DTYPES[args.dtype])
+    engine = Engine(model, load_tokenizer(), max_batch=max(args.streams))
+
+    def run(prompts, new_tokens):
+        jobs = engine.run([Request(prompt, new_tokens, Sampling(temperature=0), eos_id=None) for prompt in prompts])
+        return [job.first_token_at - job.submitted_at for job in jobs], [len(job.ids) for job in jobs]
+
+    return serve_rounds(args, run)
+
+
+def serve_http(args) -> Callable[..., dict]:
+    """my_openai_api.py, asked over as many connections as there are streams, by a client in this process."""
+    folder = Path(tempfile.mkdtemp())
+    model = random_model(args)
+    about = {"config": model.config.to_dict(), "tokenizer": load_tokenizer().fingerprint}
+    save_weights(folder / "random.pth", model.state_dict(), about)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--weight", str(folder / "random.pth")]
+    command += ["--port", str(port), "--device", args.device, "--dtype", args.dtype, "--log_level", "warning"]
+    server = subprocess.Popen([*command, "--max_batch", str(max(args.streams))])
+    atexit.register(server.terminate)
+    atexit.register(shutil.rmtree, folder)
+
+    async def one(prompt: list[int], new_tokens: int) -> tuple[float, int]:
+        """A streamed completion with the least work on this side: it shares the processor with the server."""
+        start = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        first, tail = 0.0, b""
+        while part := await reader.read(1 << 16):
+            if not first and b"data: " in part:
+                first = time.perf_counter() - start
+            tail = (tail + part)[-2000:]
+        writer.close()
+        count = re.findall(rb'"completion_tokens": ?(\d+)', tail)
+        if not count or b"[DONE]" not in tail:
+            raise ValueError(f"the server answered {tail[:300]!r}")
+        return first, int(count[-1])
+
+    async def all_together(prompts, new_tokens):
+        return await asyncio.gather(*(one(prompt, new_tokens) for prompt in prompts))
+
+    def run(prompts, new_tokens):
+        return tuple(map(list, zip(*asyncio.run(all_together(prompts, new_tokens)), strict=True)))
+
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return serve_rounds(args, run)
+        if server.poll() is not None:
+            raise ValueError("the server has ended; why is above")
+        time.sleep(0.1)
+    raise ValueError("the server has not come up in 60 seconds")
+
+
+def serve_generate(args) -> Callable[..., dict]:
+    """generate of model/generate.py: a batch from beginning to end."""
+    model = prepare(random_model(args), pick_device(args.device), DTYPES[args.dtype])
+
+    def run(prompts, new_tokens):
+        start, firsts, counts = time.perf_counter(), {}, {}
+        for piece in stream(model, prompts, max_new_tokens=new_tokens, temperature=0, eos_id=None):
+            firsts.setdefault(piece.row, time.perf_counter() - start)
+            counts[piece.row] = len(piece.reply.ids)
+        return list(firsts.values()), [counts[row] for row in range(len(prompts))]
+
+    return serve_rounds(args, run)
+
+
+def serve_transformers(args) -> Callable[..., dict]:
+    """LlamaForCausalLM.generate: a batch from beginning to end."""
+    device = pick_device(args.device)
+    model = as_llama(random_model(args)).to(device, DTYPES[args.dtype])
+
+    def run(prompts, new_tokens):
+        return [], [len(ids) for ids in transformers_reply(model, torch.tensor(prompts, device=device), new_tokens)]
+
+    return serve_rounds(args, run)
+
+
+def serve_llama_cpp(args) -> Callable[..., dict]:
+    """llama.cpp as the package xllamacpp, with the file of --gguf, on as many threads as torch has."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = args.gguf
+    params.n_parallel = max(args.streams)
+    params.n_ctx = params.n_parallel * 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.verbosity = -1
+    server = xllamacpp.Server(params)
+
+    def one(prompt, new_tokens):
+        body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        return server.handle_completions(body)["usage"]["completion_tokens"]
+
+    def run(prompts, new_tokens):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return [], list(pool.map(one, prompts, [new_tokens] * len(prompts)))
+
+    return serve_rounds(args, run)
+
+
+def serve(args: argparse.Namespace) -> dict:
+    """Throughput with short prompts, and the time to the first token of longer ones, of streams that start together."""
+    if SIZES[args.size].get("use_moe"):
+        raise ValueError(f"--size {args.size}: transformers has no model of this shape to compare with")
+    busy = [{"streams": n, "prompt_tokens": 32, "new_tokens": args.new_tokens} for n in args.streams]
+    waits = [{"streams": n, "prompt_tokens": 200, "new_tokens": 16} for n in args.streams]
+    report = []
+    for dtype in args.dtypes:
+        args.dtype = dtype
+        ours = ["engine", "http", "generate"]
+        names = ours + ["transformers"] * (dtype != "float16") + ["llama.cpp"] * bool(args.gguf)
+        answers = take_turns(names, args, busy)
+        print(f"\n{args.size}, {dtype}: prompts of 32 tokens, {args.new_tokens} new ones, greedy")
+        rows = [["", "streams", "tokens/s", "from - to", "engine / this"]]
+        for request, answer in zip(busy, answers, strict=True):
+            speeds = {name: [r["tokens_per_second"] for r in answer[name]] for name in names}
+            for name in names:
+                ratio = statistics.median(a / b for a, b in zip(speeds["engine"], speeds[name], strict=True))
+                rows.append([name, str(request["streams"]), *spread(summary(speeds[name])), f"{ratio:.2f}"])
+                report.append(request | {"dtype": dtype, "name": name} | summary(speeds[name]))
+        print_table(rows)
+        answers = take_turns(ours[:2], args, waits)
+        rows = [["to the first token of a prompt of 200", "streams", "median ms", "95th percentile"]]
+        for request, answer in zip(waits, answers, strict=True):
+            for name in ours[:2]:
+                seconds = sorted(second for r in answer[name] for second in r["first_seconds"])
+                median, late = statistics.median(seconds), seconds[int(0.95 * (len(seconds) - 1) + 0.5)]
+                rows.append([name, str(request["streams"]), f"{median * 1e3:.0f}", f"{late * 1e3:.0f}"])
+                report.append(request | {"dtype": dtype, "name": name, "first_median": median, "first_p95": late})
+        print_table(rows)
+    return {"cases": report}
+
+
+# ---------------------------------------------------------------- 5. memory of pretraining
 
 
 def write_corpus(path: Path, source: Path, num_bytes: int) -> None:
@@ -464,7 +652,7 @@ def memory(args: argparse.Namespace) -> dict:
     return {"results": results}
 
 
-# ---------------------------------------------------------------- 5. the command line
+# ---------------------------------------------------------------- 6. the command line
 
 CONTESTANTS = {
     ("train", "ours"): train_ours,
@@ -472,6 +660,11 @@ CONTESTANTS = {
     ("train", "v1"): train_v1,
     ("decode", "ours"): decode_ours,
     ("decode", "transformers"): decode_transformers,
+    ("serve", "engine"): serve_engine,
+    ("serve", "http"): serve_http,
+    ("serve", "generate"): serve_generate,
+    ("serve", "transformers"): serve_transformers,
+    ("serve", "llama.cpp"): serve_llama_cpp,
 }
 
 
@@ -528,6 +721,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch_sizes", nargs="+", type=positive_int, default=[1, 16], help="streams at a time (default: 1 16)")
     add("--prompt_tokens", type=positive_int, default=16, help="length of the prompts (default: 16)")
     add("--new_tokens", type=positive_int, default=128, help="length of the replies (default: 128)")
+
+    sub = add_command("serve", serve, "tokens per second and time to the first token of many streams at once")
+    add = sub.add_argument
+    add("--rounds", type=positive_int, default=5, help="rounds each (default: 5)")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="(default: float32)")
+    add("--streams", nargs="+", type=positive_int, default=[1, 4, 16], help="streams at a time (default: 1 4 16)")
+    add("--new_tokens", type=positive_int, default=128, help="length of the replies (default: 128)")
+    add("--gguf", metavar="FILE", help="also measure llama.cpp with this file (needs the package xllamacpp)")
 
     sub = add_command("memory", memory, "peak memory of 1-pretrain.py with files of different sizes")
     add_training(sub, steps=5)

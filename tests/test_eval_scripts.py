@@ -209,6 +209,9 @@ def test_mistakes_are_one_line(out_dir, tmp_path):
     assert "missing.txt" in missing
     broken = write(tmp_path / "broken.jsonl", '{"prompt": "x"}\n{"nothing": 1}\n')
     assert "broken.jsonl, line 2" in error_line(run(CHAT, out_dir, "--prompts_file", broken))
+    answered = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
+    answered = write(tmp_path / "answered.jsonl", answered)
+    assert "line 1: the last message must be" in error_line(run(CHAT, out_dir, "--prompts_file", answered))
     assert "no questions" in error_line(run(CHAT, out_dir, "--prompts_file", write(tmp_path / "empty.txt", "\n")))
 
 
