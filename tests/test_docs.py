@@ -1,5 +1,7 @@
 """The two READMEs say the same, and every command in them runs."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -74,11 +76,13 @@ def test_every_command_runs(tmp_path):
         "2-eval.py": ["--out_dir", str(out), "--max_new_tokens", "3", "--prompt", "你好"],
         "4-lora_sft.py": [*tiny, "--data_path", sft, "--val_path", "", "--replay_path", sft, "--general_path", sft],
         "5-dpo_train.py": [*tiny, "--data_path", str(tmp_path / "pairs.json"), "--val_path", "", "--general_path", ""],
+        "my_openai_api.py": ["--out_dir", str(out), "--port", "0"],
+        "chat_openai_api.py": [],
         "scripts/plot_log.py": ["--out_dir", str(out)],
         "scripts/merge_lora.py": ["--out_dir", str(out)],
         "scripts/estimate.py": ["--max_seq_len", "32", "--batch_size", "2"],
     }
-    seen = set()
+    seen, server = set(), None
     for command in commands():
         program, script, *arguments = shlex.split(command)
         if program == "bash":
@@ -88,7 +92,23 @@ def test_every_command_runs(tmp_path):
         moved = [re.sub(r"^(dataset/|out/|my_|CORPUS|CONVERSATIONS)", rf"{tmp_path}/\1", word) for word in arguments]
         moved = [re.sub("^tiny$", "small", word).replace("_256", "_512") for word in moved]  # one chain serves all
         run = [sys.executable, str(REPO / script), *moved, *extra.get(script, [])]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+        if script == "my_openai_api.py":
+            server = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+            ready = next(line for line in server.stderr if "serving at" in line)
+            extra["chat_openai_api.py"] = ["--api_base", re.search("http[^,]*", ready)[0]]
+            continue
+        typed = "你好\n" if script == "chat_openai_api.py" else ""
+        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, input=typed)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    server.terminate()
+    assert server.wait(20) == 0
     assert {"data_process.py", "train_tokenizer.py", *extra} == seen
     assert (out / "full_sft_512.pth").exists() and (dataset / "sft_val.csv").exists()
+
+
+def test_the_python_of_the_readme_runs(sft_weights):
+    (code,) = re.findall(r"```python\n(.*?)```", ENGLISH.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(code.replace("out/full_sft_256.pth", str(sft_weights)), {})
+    assert shown.getvalue()
