@@ -320,7 +320,15 @@ class Api:
         body = await self.read(request, ChatRequest)
         plan = self.convert.chat(body)
         replies = self.service.submit(plan.requests)
-        return await self.respond(request, replies, ChatAnswer(body, replies.jobs, self.tokenizer, self.about, plan))
+        answer = ChatAnswer(body, replies.jobs, self.tokenizer, self.about, plan)
+        response = await self.respond(request, replies, answer)
+        if count := plan.num_tools_left_out:
+            self.metrics.tools_left_out += count
+            response.headers["x-tools-left-out"] = str(count)
+            log.info(
+                "%d tools left out: their definitions fill the context of %d tokens", count, self.engine.max_seq_len
+            )
+        return response
 
     async def completions(self, request: Request) -> Response:
         body = await self.read(request, CompletionRequest)
@@ -463,7 +471,9 @@ def describe(app: FastAPI, api: Api) -> None:
         ok = {"description": "OpenAI's object", "content": {"application/json": {"schema": {"type": "object"}}}}
         if schema is not EmbeddingRequest:
             ok["description"] += "; with stream: true, events of them"
-            ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            ok["content"]["text/event-stream"] = {
+                "schema": {"type": "object", "properties": {"data": {"type": "string"}}}
+            }
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
         extra = {"requestBody": {"required": True, "content": content}}
         responses = {200: ok} | errors
@@ -524,6 +534,7 @@ class Metrics:
         self.engine = engine
         self.requests: Counter[tuple[str, int]] = Counter()
         self.first_token, self.whole = Histogram(), Histogram()
+        self.tools_left_out = 0
 
     def observe(self, job: Job) -> None:
         """Takes the times of a job that has ended."""
@@ -547,6 +558,7 @@ class Metrics:
         add("prompt_tokens_total", "counter", "Tokens of prompts", f" {stats.prompt_tokens}")
         add("cached_tokens_total", "counter", "Those of them found in the KV cache", f" {stats.cached_tokens}")
         add("completion_tokens_total", "counter", "Tokens of replies, end tokens too", f" {stats.completion_tokens}")
+        add("tools_left_out_total", "counter", "Tools that did not fit into the context", f" {self.tools_left_out}")
         add("engine_steps_total", "counter", "Forward passes", f" {stats.steps}")
         add("queue_waiting", "gauge", "Replies waiting for a slot", f" {engine.num_waiting}")
         add("queue_limit", "gauge", "Replies that may wait", f" {engine.max_queue}")

@@ -131,6 +131,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=128)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 DEFAULT = Sampling()
+TOOLS_SHARE = 0.75  # of the context for a prompt with tools that need not be called; a call and an answer need the rest
 AT_MOST = "tokens of a reply at most; -1 or absent: what the context has room for"
 
 
@@ -144,6 +145,7 @@ class Generation(Schema):
     top_p: float | None = Field(DEFAULT.top_p, gt=0, le=1)
     min_p: float | None = Field(DEFAULT.min_p, ge=0, le=1)
     repetition_penalty: float | None = Field(DEFAULT.repetition_penalty, ge=0.01, le=100)
+    repeat_penalty: float | None = Field(None, ge=0.01, le=100, description="Ollama's name of repetition_penalty")
     presence_penalty: Penalty | None = DEFAULT.presence_penalty
     frequency_penalty: Penalty | None = DEFAULT.frequency_penalty
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
@@ -171,7 +173,9 @@ class ChatRequest(Generation):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
     response_format: ResponseFormat | None = Field(None, description="json_object: the reply is one JSON object")
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(
+        None, max_length=128, description="left out if they fill the context and none must be called: x-tools-left-out"
+    )
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = Field(None, description="default: auto")
     parallel_tool_calls: bool | None = Field(True, description="false: one call a reply at most")
     functions: list[Function] | None = Field(None, max_length=128, description="what tools were called once")
@@ -282,6 +286,7 @@ class ChatPlan(NamedTuple):
     requests: list[Request]
     names: list[str]  # of the functions that may be called
     begun: str  # the beginning of the reply, which the model goes on with
+    num_tools_left_out: int  # whose definitions take too much of the context
 
 
 class Converter:
@@ -307,11 +312,16 @@ class Converter:
             param, _, _ = str(error).partition(": ")
             raise ApiError(400, str(error), param, "invalid_value") from None
 
-        self.check_size(sum(len(m["content"].encode()) for m in flat), "messages")
-        prompt = self.chat_ids(flat)
+        num_left_out, prompt = 0, self.chat_ids(flat)
+        if names and len(prompt) > self.context * TOOLS_SHARE:
+            plain = flatten(messages)
+            if choice in (None, "auto"):  # to call none is a choice the model has
+                names, num_left_out, flat, prompt = [], len(tools), plain, self.chat_ids(plain)
+            elif len(prompt) >= self.context:
+                of_tools = len(prompt) - len(self.chat_ids(plain))
+                raise self.too_long(f"{len(prompt)}", "messages", of_tools)
         if len(prompt) >= self.context:
-            of_tools = len(prompt) - len(self.chat_ids(flatten(messages))) if names else 0
-            raise self.too_long(f"{len(prompt)}", "messages", of_tools)
+            raise self.too_long(f"{len(prompt)}", "messages")
         starts = forced_starts(names, choice)
         constrained = starts or (body.response_format and body.response_format.type == "json_object")
         make_constraint = (lambda: JsonConstraint(self.tokenizer, starts)) if constrained else lambda: None
@@ -320,7 +330,7 @@ class Converter:
         stop = STOP if names else []
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self.requests(body, [prompt], "messages", stop, logprobs, make_constraint)
-        return ChatPlan(requests, names, open_reply(flat))
+        return ChatPlan(requests, names, open_reply(flat), num_left_out)
 
     def check_combinations(self, body: ChatRequest) -> None:
         wrong = None
@@ -399,6 +409,8 @@ class Converter:
             message = f"logit_bias: there is no token {max(bias)}; the vocabulary has {self.tokenizer.vocab_size}"
             raise ApiError(400, message, "logit_bias", "invalid_value")
         sampling = {name: getattr(body, name) for name in vars(DEFAULT)}
+        if body.repeat_penalty is not None and "repetition_penalty" not in body.model_fields_set:
+            sampling["repetition_penalty"] = body.repeat_penalty
         sampling |= {"top_k": min(max(body.top_k, 0), self.tokenizer.vocab_size), "logit_bias": bias}
         limits = [body.max_tokens, getattr(body, "max_completion_tokens", None)]
         limit = min([limit for limit in limits if limit not in (None, -1)], default=self.context)

@@ -199,6 +199,29 @@ def test_json_object_is_held_to_json(client, tokenizer):
     assert json.loads(reply.message.content) == {} and reply.finish_reason == "stop"
 
 
+def test_tools_that_fill_the_context_are_left_out_unless_they_must_be_called(client, http):
+    described = {"description": "很长的说明。" * 40}
+    many = [{"type": "function", "function": {"name": f"f{i}", **described}} for i in range(60)]
+    plain = chat(client).choices[0].message.content
+    reply = http.post("/v1/chat/completions", json={"messages": ASK, "temperature": 0, "max_tokens": 40, "tools": many})
+    assert reply.json()["choices"][0]["message"]["content"] == plain and reply.headers["x-tools-left-out"] == "60"
+    streamed = {"messages": ASK, "max_tokens": 2, "tools": many, "stream": True, "tool_choice": "auto"}
+    assert http.post("/v1/chat/completions", json=streamed).headers["x-tools-left-out"] == "60"
+    assert metric(http, "tools_left_out_total") == 120
+    assert "x-tools-left-out" not in http.post("/v1/chat/completions", json={"messages": ASK}).headers
+    with pytest.raises(openai.BadRequestError, match="of them for the tools") as refused:
+        chat(client, tools=many, tool_choice="required")
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_ollamas_name_of_the_repetition_penalty(client):
+    texts = [
+        chat(client, extra_body=extra | {"ignore_eos": True}).choices[0].message.content
+        for extra in ({}, {"repeat_penalty": 9.0}, {"repetition_penalty": 9.0})
+    ]
+    assert texts[0] != texts[1] == texts[2]
+
+
 def test_tools_are_called_and_their_results_read(client, http, tokenizer):
     bias = {str(tokenizer.encode(text)[0]): 100 for text in ("{", "}")}  # ends the arguments soon
     tools = [{"type": "function", "function": WEATHER}]
