@@ -1,7 +1,8 @@
-"""The two READMEs say the same, and every command in them runs."""
+"""The pages in two languages say the same, and every command of the README runs."""
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -9,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = REPO / "README.md", REPO / "docs" / "README_zh.md"
+PAGES = [(ENGLISH, CHINESE), (REPO / "docs/serving.md", REPO / "docs/serving_zh.md")]
 
 
 def sections(path: Path) -> list[str]:
@@ -27,10 +31,11 @@ def commands() -> list[str]:
     return [line for block in code_blocks(ENGLISH) for line in block.splitlines() if re.match(r"(python|bash) ", line)]
 
 
-def test_both_languages_have_the_same_headings_code_and_numbers():
-    english, chinese = sections(ENGLISH), sections(CHINESE)
+@pytest.mark.parametrize("pages", PAGES, ids=lambda pages: pages[0].name)
+def test_both_languages_have_the_same_headings_code_and_numbers(pages):
+    english, chinese = map(sections, pages)
     assert [part.split(" ")[0] for part in english] == [part.split(" ")[0] for part in chinese]
-    assert code_blocks(ENGLISH) == code_blocks(CHINESE)
+    assert code_blocks(pages[0]) == code_blocks(pages[1])
     for part, other in zip(english, chinese, strict=True):
         inline = [set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))) for text in (part, other)]
         assert inline[0] == inline[1], part.splitlines()[0]
@@ -39,7 +44,7 @@ def test_both_languages_have_the_same_headings_code_and_numbers():
 
 
 def test_links_lead_to_files():
-    for path in (ENGLISH, CHINESE):
+    for path in itertools.chain(*PAGES):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
