@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--api_base", default="http://127.0.0.1:8000/v1", help="address (default: http://127.0.0.1:8000/v1)")
-    add("--api_key", help="key of the server (default: MINIMIND_API_KEY, if it is set)")
+    add("--api_key", help="key of the server (default: MINIMIND_API_KEY or OPENAI_API_KEY, if set)")
     add("--model", help="name of the model (default: the first one that the server lists)")
     add("--system", help="system message")
     add("--history", type=non_negative_int, default=2, help="earlier turns that are sent along (default: 2)")
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    key = args.api_key or os.environ.get("MINIMIND_API_KEY") or "none"
+    key = args.api_key or os.environ.get("MINIMIND_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
     client = openai.OpenAI(base_url=args.api_base, api_key=key)
     try:
         Chat(client, args).run()

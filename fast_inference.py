@@ -380,10 +380,10 @@ def served_models(api_base: str) -> list[str]:
 
 
 def served_reply(args, choice: tuple, messages: list[dict], settings: dict, reply: dict) -> Iterator[Progress]:
-    """What the server streams. Settings that OpenAI's own servers do not know are sent only if they do something."""
+    """What the server streams."""
     sent = {name: settings[name] for name in ("temperature", "top_p", "seed") if settings[name] is not None}
     sent["max_tokens"] = settings["max_new_tokens"]
-    more = {"top_k": settings["top_k"]} if settings["top_k"] else {}
+    more = {"top_k": settings["top_k"]}
     more |= {"repetition_penalty": settings["repetition_penalty"]} if settings["repetition_penalty"] != 1 else {}
     options = {"stream": True, "stream_options": {"include_usage": True}, "extra_body": more}
     text, tokens, reason, started = "", 0, None, time.perf_counter()
@@ -406,7 +406,10 @@ def served(api_base: str) -> Iterator:
 
     try:
         with openai.OpenAI(
-            base_url=api_base, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120, max_retries=0
+            base_url=api_base,
+            api_key=os.environ.get("OPENAI_API_KEY") or os.environ.get("MINIMIND_API_KEY", "none"),
+            timeout=120,
+            max_retries=0,
         ) as client:
             yield client
     except (openai.OpenAIError, httpx.HTTPError) as error:

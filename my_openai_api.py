@@ -37,6 +37,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
+from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -72,7 +73,8 @@ MAX_BODY = 4 << 20  # bytes; a context of 100,000 tokens takes a tenth of it
 TURNS = 4  # of the event loop after a step: a new request needs some to be accepted, read and queued
 MAX_FAULTS = 3  # steps of the engine that fail one after another, before the server gives up
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed under a new request
-FINISH_SECONDS = 300  # that replies under way get at the end
+FINISH_SECONDS = 60  # that replies under way get at the end
+STALL_SECONDS = 30  # that a client may take to send its body, or to read an event
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health", "/metrics")
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     name = args.served_model_name or model.name
     api = Api(model.engine, model.tokenizer, name, api_key, str(model.about.get("sha256")))
     seconds = {"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": FINISH_SECONDS}
-    app = api.app(args.cors_origin)
+    app = api.app(args.cors_origin, only_local=args.host in LOCAL_HOSTS and not api_key)
     server = Server(uvicorn.Config(app, log_config=None, log_level=args.log_level, ws="none", **seconds))
     api.service.on_broken = lambda: setattr(server, "should_exit", True)
     server.run([listener])
@@ -299,8 +301,12 @@ class EventStream(StreamingResponse):
         self.replies = replies
 
     async def __call__(self, scope, receive, send) -> None:
-        with self.replies.watch(receive):
-            await self.stream_response(send)
+        async def send_in_time(message: dict) -> None:
+            async with asyncio.timeout(STALL_SECONDS):  # a client that reads nothing must not hold a slot
+                await send(message)
+
+        with self.replies.watch(receive), contextlib.suppress(TimeoutError):
+            await self.stream_response(send_in_time)
 
 
 class Api:
@@ -345,6 +351,8 @@ class Api:
         body = await self.read(request, EmbeddingRequest)
         requests, jobs = self.convert.embeddings(body), []
         for start in range(0, len(requests), self.engine.max_batch):  # a long list must not fill the queue
+            while start and self.engine.num_waiting:  # others may have filled it meanwhile
+                await asyncio.sleep(0.01)
             replies = self.service.submit(requests[start : start + self.engine.max_batch])
             await replies.finish(request.receive)
             jobs += replies.jobs
@@ -377,16 +385,20 @@ class Api:
         too_large = ApiError(413, f"the body is over {MAX_BODY} bytes", code="body_too_large")
         if size.isdigit() and int(size) > MAX_BODY:
             raise too_large
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                raise too_large
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MAX_BODY:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"the body has not come within {STALL_SECONDS} seconds", connection="close") from None
         log.debug("%s %s", request.url.path, body.decode(errors="replace"))
         checked = parse(schema, bytes(body))
         self.check_model(checked.model)
         return checked
 
-    def app(self, cors_origins: Sequence[str] = ()) -> FastAPI:
+    def app(self, cors_origins: Sequence[str] = (), only_local: bool = False) -> FastAPI:
         @contextlib.asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             driver = asyncio.create_task(self.service.drive())
@@ -395,7 +407,7 @@ class Api:
 
         app = FastAPI(title="MiniMind", description=__doc__.split("\n")[0], lifespan=lifespan, redoc_url=None)
         describe(app, self)
-        app.add_middleware(Gate, api=self)
+        app.add_middleware(Gate, api=self, origins=cors_origins, only_local=only_local)
         if cors_origins:
             app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
         for kind in (ApiError, HTTPException, ClientDisconnect, RecursionError, Exception):
@@ -418,11 +430,29 @@ async def error_response(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """Asks for the key, and counts requests."""
+    """Turns away who lacks the key, and web pages that may not call; counts requests.
 
-    def __init__(self, app, api: Api):
-        self.app, self.metrics = app, api.metrics
-        self.expected = f"Bearer {api.api_key}".encode() if api.api_key else None
+    A browser lets any page send a simple request to this machine: it says so in Origin. By a name of its own that
+    leads here (DNS rebinding) a page could also read the answer: without a key only local names are taken.
+    """
+
+    def __init__(self, app, api: Api, origins: Sequence[str], only_local: bool):
+        self.app, self.metrics, self.origins, self.only_local = app, api.metrics, origins, only_local
+        self.key = api.api_key.encode() if api.api_key else None
+
+    def refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        wrong_key = self.key and not hmac.compare_digest(given.strip(), self.key)
+        if path.startswith("/v1") and (wrong_key or (self.key and kind.lower() != b"bearer")):
+            message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
+            return ApiError(401, message, code="invalid_api_key", www_authenticate="Bearer")
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self.only_local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+            return ApiError(403, f"without an API key the server answers to local names only, not to {host!r}")
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and origin.partition("://")[2] != host and not {origin, "*"} & set(self.origins):
+            return ApiError(403, f"pages from {origin} may not call; start the server with --cors_origin {origin}")
+        return None
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -435,12 +465,8 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        path = scope["path"]
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        app = self.app
-        if self.expected and path.startswith("/v1") and not hmac.compare_digest(given, self.expected):
-            message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
-            error = ApiError(401, message, code="invalid_api_key", www_authenticate="Bearer")
+        path, app = scope["path"], self.app
+        if error := self.refusal(path, dict(scope["headers"])):
             app = JSONResponse(error.body, error.status, error.headers)
         try:
             await app(scope, receive, count)
@@ -454,7 +480,9 @@ def describe(app: FastAPI, api: Api) -> None:
     meanings = {
         400: "a field is wrong, or the prompt exceeds the context; param names the field",
         401: "the API key is missing or wrong",
+        403: "called from a web page that may not",
         404: "no such model",
+        408: f"the body has not come within {STALL_SECONDS} seconds",
         413: f"the body is over {MAX_BODY} bytes",
         500: "a fault of the server",
         503: "the queue is full; Retry-After says when to come again",
@@ -478,7 +506,7 @@ def describe(app: FastAPI, api: Api) -> None:
         extra = {"requestBody": {"required": True, "content": content}}
         responses = {200: ok} | errors
         app.add_api_route(path, endpoint, methods=["POST"], responses=responses, openapi_extra=extra)
-    of_get = {status: errors[status] for status in (401, 404, 500) if status in errors}
+    of_get = {status: errors[status] for status in (401, 403, 404, 500) if status in errors}
     app.add_api_route("/v1/models", api.models, responses=of_get)
     app.add_api_route("/v1/models/{model:path}", api.model, responses=of_get)
     app.add_api_route("/health", api.health, responses={503: {"description": "the engine has failed"}})

@@ -23,7 +23,7 @@ from model.hf import load_folder
 from model.model import Transformer
 from model.runtime import keep_freed_memory, pick_device, pick_dtype
 from model.tokenizer import Tokenizer, check_messages, load_tokenizer
-from model.tools import STOP, CallStart, Content, ToolParser, check_tools, flatten, open_reply
+from model.tools import STOP, ToolParser, assemble, check_tools, flatten, open_reply
 
 Query = str | list[dict]  # a question, or messages in OpenAI's form
 
@@ -109,9 +109,9 @@ class ChatModel:
         """
         names = check_tools(tools)
         messages = flatten(conversation(query, history, system), tools)
-        if names:
-            settings["stop"] = [*settings.get("stop", ()), *STOP]
         _, request = self.request(messages, **settings)
+        if names:
+            request = replace(request, stop=[*request.stop, *STOP])
         *_, last = self.follow(request)
         begun = open_reply(messages)
         reply = parse_tools(last.text, ToolParser(names, begun)) if names or begun else last.text
@@ -176,7 +176,10 @@ class ChatModel:
 def conversation(query: Query, history: Sequence[tuple] | None = None, system: str | None = None) -> list[dict]:
     """Messages in OpenAI's form, from a history of (question, answer) pairs and a new question."""
     messages = [{"role": "system", "content": system}] if system else []
-    for question, answer in history or ():
+    for turn in history or ():
+        if not isinstance(turn, (tuple, list)) or len(turn) != 2:
+            raise ValueError(f"history is a list of (question, answer) pairs; {str(turn)[:60]!r} is none")
+        question, answer = turn
         messages += [{"role": "user", "content": question}] if isinstance(question, str) else question
         messages += [{"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
     return messages + ([{"role": "user", "content": query}] if isinstance(query, str) else list(query))
@@ -189,12 +192,5 @@ def with_seed(sampling: Sampling, offset: int) -> Sampling:
 
 def parse_tools(text: str, parser: ToolParser) -> str | dict:
     """The text, or the assistant message in OpenAI's form if it calls tools."""
-    content, calls = "", []
-    for event in [*parser.feed(text), *parser.finish()]:
-        if isinstance(event, Content):
-            content += event.text
-        elif isinstance(event, CallStart):
-            calls.append({"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}})
-        else:
-            calls[event.index]["function"]["arguments"] += event.text
+    content, calls = assemble([*parser.feed(text), *parser.finish()])
     return {"role": "assistant", "content": content or None, "tool_calls": calls} if calls else content

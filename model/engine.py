@@ -119,7 +119,8 @@ class Job:
 
     def next_tokens(self, count: int) -> list[int]:
         """The first `count` of these."""
-        return self.ids[-1:] if self.ids else list(self.request.prompt[len(self.slot.tokens) :][:count])
+        done = len(self.slot.tokens)
+        return self.ids[-1:] if self.ids else list(self.request.prompt[done : done + count])
 
     def tell(self, text: str, finish_reason: str | None) -> None:
         """Adds to the reply and passes it on; log-probabilities go with the text of their tokens."""
@@ -281,7 +282,7 @@ class Engine:
         max_seq_len: tokens of prompt and reply together (default: what the model was trained on).
         prefill_tokens: of prompts, that are read in a step beside the replies (default: by device).
         max_cache_bytes: limit of the KV cache.
-    Raises: ValueError if the KV cache would be larger than that.
+    Raises: ValueError if the KV cache would be larger than that, or a number too small.
     """
 
     def __init__(
@@ -298,6 +299,10 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
         self.max_seq_len = max_seq_len or model.config.max_seq_len
+        for name, low in (("max_batch", 1), ("max_queue", 0), ("max_seq_len", 2), ("prefill_tokens", 1)):
+            value = locals()[name]
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; it must be at least {low}")
         weight = model.tok_embeddings.weight
         self.device = weight.device
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS[self.device.type]

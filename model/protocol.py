@@ -26,7 +26,18 @@ from model.engine import Engine, Job, Request, TokenLogprob, Update
 from model.generate import Sampling
 from model.json_mode import JsonConstraint
 from model.tokenizer import Tokenizer
-from model.tools import STOP, CallStart, Content, Event, ToolParser, check_tools, flatten, forced_starts, open_reply
+from model.tools import (
+    STOP,
+    CallStart,
+    Content,
+    Event,
+    ToolParser,
+    assemble,
+    check_tools,
+    flatten,
+    forced_starts,
+    open_reply,
+)
 
 # ---------------------------------------------------------------- 1. errors
 
@@ -69,6 +80,11 @@ class Schema(BaseModel):
         return {name: value for name, value in (data | whole).items() if value is not None}
 
 
+def list_of(kind: Any, most: int, least: int = 0) -> Any:
+    """A list's type. The first fault ends its check: pydantic's report of a million faults takes gigabytes."""
+    return Annotated[list[kind], Field(fail_fast=True, min_length=least, max_length=most)]
+
+
 class Part(Schema):
     type: Literal["text"] = Field(description="images, audio and files need another model")
     text: str
@@ -87,9 +103,9 @@ class ToolCall(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = Field(None, description="parts are joined by a newline")
+    content: str | list_of(Part, 4096) | None = Field(None, description="parts are joined by a newline")
     name: str | None = Field(None, description="of the function, for the role function; else without effect")
-    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    tool_calls: list_of(ToolCall, 128) | None = None
     function_call: FunctionCall | None = None
     tool_call_id: str | None = None
     audio: None = None
@@ -128,7 +144,7 @@ class StreamOptions(Schema):
 Limit = Literal[-1] | Annotated[int, Field(ge=1)] | None
 # The streamer compares every beginning of every stop string with the text at each token: hence the bound.
 Stop = Annotated[str, Field(min_length=1, max_length=128)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = list_of(Annotated[int, Field(ge=0)], 1 << 20, least=1)
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 DEFAULT = Sampling()
 TOOLS_SHARE = 0.75  # of the context for a prompt with tools that need not be called; a call and an answer need the rest
@@ -149,11 +165,13 @@ class Generation(Schema):
     presence_penalty: Penalty | None = DEFAULT.presence_penalty
     frequency_penalty: Penalty | None = DEFAULT.frequency_penalty
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        Field(None, description="token id: what is added to its logit")
+        Field(None, max_length=1024, description="token id: what is added to its logit")
     )
-    seed: int | None = Field(None, description="choice i draws its random numbers from seed + i; absent: random")
+    seed: int | None = Field(
+        None, description="choice i draws from seed + i; absent: one that follows from the server's --seed"
+    )
     n: int | None = Field(1, ge=1, description="choices")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | list_of(Stop, 16) | None = None
     ignore_eos: bool | None = Field(False, description="go on after the end token, up to the limit")
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="only with stream")
@@ -163,9 +181,7 @@ class Generation(Schema):
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(
-        min_length=1,
-        max_length=4096,
+    messages: list_of(Message, 4096, least=1) = Field(
         examples=[[{"role": "user", "content": "你好"}]],
         description="if the last one is an assistant's text, the reply continues it",
     )
@@ -173,19 +189,19 @@ class ChatRequest(Generation):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
     response_format: ResponseFormat | None = Field(None, description="json_object: the reply is one JSON object")
-    tools: list[Tool] | None = Field(
-        None, max_length=128, description="left out if they fill the context and none must be called: x-tools-left-out"
+    tools: list_of(Tool, 128) | None = Field(
+        None, description="left out if they fill the context and none must be called: x-tools-left-out"
     )
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = Field(None, description="default: auto")
     parallel_tool_calls: bool | None = Field(True, description="false: one call a reply at most")
-    functions: list[Function] | None = Field(None, max_length=128, description="what tools were called once")
+    functions: list_of(Function, 128) | None = Field(None, description="what tools were called once")
     function_call: Literal["none", "auto"] | FunctionName | None = None
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions: goes on with a text, as in pretraining; <s> is put before a text, not before token ids."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | list_of(str, 2048, least=1) | TokenIds | list_of(TokenIds, 2048, least=1)
     echo: bool | None = Field(False, description="begin the text with the prompt; not with logprobs")
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, description="only equal to n")
@@ -196,9 +212,9 @@ class EmbeddingRequest(Schema):
 
     input: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | list_of(Annotated[str, Field(min_length=1)], 2048, least=1)
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+        | list_of(TokenIds, 2048, least=1)
     ) = Field(examples=["你好"])
     model: str | None = Field(None, description="as /v1/models names it; absent: the one that is served")
     encoding_format: Literal["float", "base64"] | None = Field("float", description="base64: of little-endian float32")
@@ -254,7 +270,8 @@ def parse(schema: type[S], raw: bytes) -> S:
 
 def explain(error: ValidationError, body: dict) -> ApiError:
     """The deepest of pydantic's complaints: of the forms that a field may have, it is about the one meant."""
-    found = [(field_path(entry["loc"], body), entry) for entry in error.errors(include_url=False, include_input=False)]
+    entries = error.errors(include_url=False, include_input=False)
+    found = [(field_path(entry["loc"], body, entry["type"] == "missing"), entry) for entry in entries]
     path, first = max(found, key=lambda pair: len(pair[0]))
     reasons = dict.fromkeys(entry["msg"] for other, entry in found if other == path)
     param = ""
@@ -266,14 +283,14 @@ def explain(error: ValidationError, body: dict) -> ApiError:
     return ApiError(400, f"{param}: {' / '.join(reasons)}", param, code)
 
 
-def field_path(loc: Sequence[str | int], value: Any) -> list[str | int]:
+def field_path(loc: Sequence[str | int], value: Any, is_missing: bool) -> list[str | int]:
     """Where in the body pydantic complains; its path also holds the names of the forms that it tried."""
     path = []
     for i, key in enumerate(loc):
         if isinstance(value, list) and isinstance(key, int) and key < len(value):
             path.append(key)
             value = value[key]
-        elif isinstance(value, dict) and (key in value or i == len(loc) - 1):
+        elif isinstance(value, dict) and (key in value or (is_missing and i == len(loc) - 1)):
             path.append(key)
             value = value.get(key)
     return path
@@ -299,7 +316,6 @@ class Converter:
     def chat(self, body: ChatRequest) -> ChatPlan:
         legacy = body.functions is not None
         self.check_combinations(body)
-        self.check_size(sum(map(message_bytes, body.messages)), "messages", len(body.messages))
         messages = [plain_message(message) for message in body.messages]
         definitions = body.functions if legacy else body.tools
         tools = [tool.model_dump(exclude_none=True) for tool in definitions or ()]
@@ -312,16 +328,13 @@ class Converter:
             param, _, _ = str(error).partition(": ")
             raise ApiError(400, str(error), param, "invalid_value") from None
 
-        num_left_out, prompt = 0, self.chat_ids(flat)
-        if names and len(prompt) > self.context * TOOLS_SHARE:
-            plain = flatten(messages)
-            if choice in (None, "auto"):  # to call none is a choice the model has
-                names, num_left_out, flat, prompt = [], len(tools), plain, self.chat_ids(plain)
-            elif len(prompt) >= self.context:
-                of_tools = len(prompt) - len(self.chat_ids(plain))
-                raise self.too_long(f"{len(prompt)}", "messages", of_tools)
-        if len(prompt) >= self.context:
-            raise self.too_long(f"{len(prompt)}", "messages")
+        num_left_out = 0
+        if names and choice in (None, "auto"):  # to call none is a choice the model has
+            try:
+                self.chat_prompt(flat, self.context * TOOLS_SHARE)
+            except ApiError:
+                names, num_left_out, flat = [], len(tools), flatten(messages)
+        prompt = self.chat_prompt(flat, self.context, "messages and tools" if names else "messages")
         starts = forced_starts(names, choice)
         constrained = starts or (body.response_format and body.response_format.type == "json_object")
         make_constraint = (lambda: JsonConstraint(self.tokenizer, starts)) if constrained else lambda: None
@@ -345,12 +358,16 @@ class Converter:
         if wrong:
             raise ApiError(400, f"{wrong[0]}: {wrong[1]}", wrong[0], "invalid_value")
 
-    def chat_ids(self, messages: list[dict]) -> list[int]:
-        """The prompt; a last assistant message is left open, to be continued."""
-        begun = open_reply(messages)
+    def chat_prompt(self, messages: list[dict], limit: float, what: str = "") -> list[int]:
+        """The prompt, shorter than the limit; a last assistant message is left open, to be continued."""
+        self.check_size(sum(len(message["content"].encode()) for message in messages), "messages", limit, what)
         if messages[-1]["role"] == "user":
-            return self.tokenizer.encode_chat(messages)
-        return self.tokenizer.encode_chat(messages[:-1]) + self.tokenizer.encode(begun)
+            prompt = self.tokenizer.encode_chat(messages)
+        else:
+            prompt = self.tokenizer.encode_chat(messages[:-1]) + self.tokenizer.encode(open_reply(messages))
+        if len(prompt) >= limit:
+            raise self.too_long(f"{len(prompt)}", "messages", what)
+        return prompt
 
     def completion(self, body: CompletionRequest) -> list[Request]:
         if body.echo and body.logprobs is not None:
@@ -379,7 +396,7 @@ class Converter:
         prompts = []
         for one in several:
             if isinstance(one, str):
-                self.check_size(len(one.encode()), param)
+                self.check_size(len(one.encode()), param, self.context)
                 prompts.append([self.tokenizer.bos_id, *self.tokenizer.encode(one)])
             elif max(one) >= self.tokenizer.vocab_size:
                 message = f"{param}: there is no token {max(one)}; the vocabulary has {self.tokenizer.vocab_size}"
@@ -432,39 +449,28 @@ class Converter:
                 )
         return requests
 
-    def check_size(self, num_bytes: int, param: str, num_messages: int = 0) -> None:
-        """Refuses what cannot fit the context, without the work of tokenizing it."""
-        least = max(math.ceil(num_bytes / self.longest_token), num_messages)
-        if least >= self.context:
-            raise self.too_long(f"at least {least}", param)
+    def check_size(self, num_bytes: int, param: str, limit: float, what: str = "") -> None:
+        """Refuses what cannot fit, without the work of tokenizing it."""
+        if (least := math.ceil(num_bytes / self.longest_token)) >= limit:
+            raise self.too_long(f"at least {least}", param, what)
 
-    def too_long(self, tokens: str, param: str, of_tools: int = 0) -> ApiError:
-        tools = f", {of_tools} of them for the tools" if of_tools else ""
-        fewer = {"messages": "fewer or shorter messages" + (" or fewer tools" if of_tools else "")}
+    def too_long(self, tokens: str, param: str, what: str = "") -> ApiError:
         return ApiError(
             400,
-            f"the {param} make {tokens} tokens{tools}, too many for a context of {self.context} tokens: send "
-            f"{fewer.get(param, 'a shorter text')}, or start the server with a larger --max_seq_len",
+            f"the {what or param} make {tokens} tokens, too many for a context of {self.context} tokens: send "
+            f"fewer or shorter ones, or start the server with a larger --max_seq_len",
             param,
             "context_length_exceeded",
         )
 
 
-def message_bytes(message: Message) -> int:
-    return sum(len(text.encode()) for text in content_texts(message))
-
-
-def content_texts(message: Message) -> list[str]:
-    if isinstance(message.content, list):
-        return [part.text for part in message.content]
-    return [message.content or ""]
-
-
 def plain_message(message: Message) -> dict:
     """A message as tools.flatten takes it; an assistant's without content has an empty one."""
     plain = message.model_dump(exclude_none=True)
-    if message.content is not None or message.role == "assistant":
-        plain["content"] = "\n".join(content_texts(message))
+    if isinstance(message.content, list):
+        plain["content"] = "\n".join(part.text for part in message.content)
+    elif message.role == "assistant":
+        plain["content"] = message.content or ""
     return plain
 
 
@@ -576,15 +582,7 @@ class ChatAnswer(Answer):
         return reason
 
     def choice(self, index: int, job: Job) -> dict:
-        content, calls = "", []
-        for event in self.parse(index, job.text, is_last=True):
-            if isinstance(event, Content):
-                content += event.text
-            elif isinstance(event, CallStart):
-                function = {"name": event.name, "arguments": ""}
-                calls.append({"id": event.id, "type": "function", "function": function})
-            else:
-                calls[event.index]["function"]["arguments"] += event.text
+        content, calls = assemble(self.parse(index, job.text, is_last=True))
         message: dict = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["content"] = content or None

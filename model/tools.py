@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 STOP = ["\nObservation:", "\nObservation："]  # the model would go on and invent the result
@@ -314,6 +314,19 @@ def _not_json(name: str) -> None:
 
 # Numbers are not converted: only the form matters, and Python refuses those of 4301 digits.
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_not_json)
+
+
+def assemble(events: Iterable[Event]) -> tuple[str, list[dict]]:
+    """The content of a whole reply, and its calls in OpenAI's form."""
+    content, calls = "", []
+    for event in events:
+        if isinstance(event, Content):
+            content += event.text
+        elif isinstance(event, CallStart):
+            calls.append({"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}})
+        else:
+            calls[event.index]["function"]["arguments"] += event.text
+    return content, calls
 
 
 class ToolParser:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -13,6 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -20,6 +22,8 @@ import pytest
 import torch
 from stages import REPO, command
 
+import my_openai_api as api
+from model import protocol
 from model.chat import ChatModel
 from model.checkpoint import load_model
 from model.generate import fit_prompt, generate
@@ -209,7 +213,7 @@ def test_tools_that_fill_the_context_are_left_out_unless_they_must_be_called(cli
     assert http.post("/v1/chat/completions", json=streamed).headers["x-tools-left-out"] == "60"
     assert metric(http, "tools_left_out_total") == 120
     assert "x-tools-left-out" not in http.post("/v1/chat/completions", json={"messages": ASK}).headers
-    with pytest.raises(openai.BadRequestError, match="of them for the tools") as refused:
+    with pytest.raises(openai.BadRequestError, match="messages and tools make") as refused:
         chat(client, tools=many, tool_choice="required")
     assert refused.value.code == "context_length_exceeded"
 
@@ -307,7 +311,10 @@ CHAT_ERRORS = [
     ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages[0].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": BIG}]}, "messages", "context_length_exceeded"),
     ({"messages": [{"role": "user", "content": BIG[:4000]}]}, "messages", "context_length_exceeded"),
-    ({"messages": [{"role": "user", "content": ""}] * CONTEXT}, "messages", "context_length_exceeded"),
+    ({"messages": [{"role": "user", "content": ""}] * 4097}, "messages", "invalid_value"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function", "missing_required_parameter"),
+    ({"stop": {}}, "stop", "invalid_type"),
+    ({"max_tokens": {}}, "max_tokens", "invalid_value"),
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": "1"}, "temperature", "invalid_type"),
     ({"top_p": 0}, "top_p", "invalid_value"),
@@ -375,12 +382,50 @@ def test_the_key_is_asked_for_and_other_pages_are_not_let_in(server):
     for origin, allowed in (("http://page.example", "http://page.example"), ("http://evil.example", None)):
         response = httpx.get(f"{address}/v1/models", headers=KEY | {"Origin": origin})
         assert response.headers.get("access-control-allow-origin") == allowed
+        assert response.status_code == (200 if allowed else 403)
+    lower = httpx.get(f"{address}/v1/models", headers={"Authorization": "bearer secret", "Origin": address})
+    assert lower.status_code == 200, "the scheme in any case, and the server's own pages"
+
+
+def test_without_a_key_only_local_names_are_answered():
+    """A web page may lead a name of its own to this machine and would then be of the same origin."""
+    gate = api.Gate(None, types.SimpleNamespace(metrics=None, api_key=None), (), only_local=True)
+    for host in (b"127.0.0.1:8000", b"localhost:8000", b"LOCALHOST", b"[::1]:8000"):
+        assert gate.refusal("/v1/models", {b"host": host}) is None
+    for headers in ({b"host": b"evil.example:8000"}, {}, {b"host": b"localhost", b"origin": b"null"}):
+        assert gate.refusal("/v1/models", headers).status == 403
+    open_gate = api.Gate(None, types.SimpleNamespace(metrics=None, api_key=None), ("*",), only_local=False)
+    assert open_gate.refusal("/v1/models", {b"host": b"chat.example", b"origin": b"http://other.example"}) is None
+
+
+def test_a_million_faults_are_one_fault():
+    """pydantic would list them all: gigabytes, and a server that stands still for a minute."""
+    for schema, name, values in (
+        (protocol.CompletionRequest, "prompt", [1.5] * 500_000),
+        (protocol.CompletionRequest, "prompt", [{}] * 500_000),
+        (protocol.ChatRequest, "messages", [{"role": "user", "content": [{}] * 300_000}]),
+        (protocol.EmbeddingRequest, "input", [[1.5] * 2000] * 200),
+    ):
+        tracemalloc.start()
+        with pytest.raises(protocol.ApiError) as refused:
+            protocol.parse(schema, json.dumps({"messages": ASK, name: values}).encode())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert refused.value.body["error"]["param"].startswith(name)
+        assert peak < 200e6
+
+
+def test_a_long_list_of_embeddings_waits_for_the_others(client):
+    name = client.models.list().data[0].id
+    with ThreadPoolExecutor(8) as pool:
+        lists = [pool.submit(client.embeddings.create, model=name, input=["春 夏 秋"] * 20) for _ in range(2)]
+        assert all(len(done.result().data) == 20 for done in lists)
 
 
 def test_the_description_covers_what_is_served(http):
     schema = http.get("/openapi.json").json()
     post = schema["paths"]["/v1/chat/completions"]["post"]
-    assert {"200", "400", "401", "404", "413", "500", "503"} == post["responses"].keys()
+    assert {"200", "400", "401", "403", "404", "408", "413", "500", "503"} == post["responses"].keys()
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert fields["temperature"]["default"] == 0.7 and fields["top_k"]["default"] == 8
     references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schema)))
@@ -451,15 +496,15 @@ def test_a_signal_ends_the_server_after_its_replies(sft_weights):
 
 
 def test_a_failing_step_is_an_error_to_those_under_way_and_not_the_end(sft_weights):
-    api_module = importlib.import_module("my_openai_api")
+
     engine = ChatModel.from_pretrained(sft_weights, device="cpu", dtype="float32").engine
     step, stopped = engine.step, []
 
     async def talk():
-        api = api_module.Api(engine, engine.tokenizer, "m")
-        api.service.on_broken = lambda: stopped.append(True)
-        driver = asyncio.create_task(api.service.drive())
-        transport = httpx.ASGITransport(api.app(), raise_app_exceptions=False)
+        served = api.Api(engine, engine.tokenizer, "m")
+        served.service.on_broken = lambda: stopped.append(True)
+        driver = asyncio.create_task(served.service.drive())
+        transport = httpx.ASGITransport(served.app(), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
 
             def ask(**more):
@@ -486,7 +531,7 @@ def test_a_failing_step_is_an_error_to_those_under_way_and_not_the_end(sft_weigh
 
 
 def test_mistakes_on_the_command_line_are_one_line(sft_weights, capsys):
-    main = importlib.import_module("my_openai_api").main
+    main = api.main
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"127.0.0.1:{port}: Address already in use; give another"):
