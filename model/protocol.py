@@ -148,6 +148,7 @@ TokenIds = list_of(Annotated[int, Field(ge=0)], 1 << 20, least=1)
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 DEFAULT = Sampling()
 TOOLS_SHARE = 0.75  # of the context for a prompt with tools that need not be called; a call and an answer need the rest
+MAX_BIAS = 1024  # tokens with a bias
 AT_MOST = "tokens of a reply at most; -1 or absent: what the context has room for"
 
 
@@ -165,7 +166,7 @@ class Generation(Schema):
     presence_penalty: Penalty | None = DEFAULT.presence_penalty
     frequency_penalty: Penalty | None = DEFAULT.frequency_penalty
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        Field(None, max_length=1024, description="token id: what is added to its logit")
+        Field(None, max_length=MAX_BIAS, description="token id: what is added to its logit")
     )
     seed: int | None = Field(
         None, description="choice i draws from seed + i; absent: one that follows from the server's --seed"
@@ -257,6 +258,9 @@ def parse(schema: type[S], raw: bytes) -> S:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_type")
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > MAX_BIAS:  # before pydantic looks at each
+        raise ApiError(400, f"logit_bias: at most {MAX_BIAS} tokens", "logit_bias", "invalid_value")
     for name, harmless in REFUSED.items():
         value = body.get(name)
         if value is not None and value not in harmless:
