@@ -269,7 +269,7 @@ def test_wrong_requests_are_refused_at_once(models):
         with pytest.raises(ValueError, match=message):
             engine.submit(request)
     assert not engine.busy and not engine.step()
-    with pytest.raises(ValueError, match="KV cache of 16 replies of 128 tokens would take .*--max_batch"):
+    with pytest.raises(ValueError, match="KV cache of 16 replies of 128 tokens would take .*lower max_batch"):
         Engine(models["dense"], TOKENIZER, max_cache_bytes=1000)
 
 
