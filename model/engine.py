@@ -310,7 +310,8 @@ class Engine:
         if num_bytes > max_cache_bytes:
             raise ValueError(
                 f"the KV cache of {max_batch} replies of {self.max_seq_len} tokens would take {num_bytes / 2**30:.1f} "
-                f"GiB, more than {max_cache_bytes / 2**30:.1f}; lower max_batch (in 2-eval.py: --batch_size) or max_seq_len"
+                f"GiB, more than {max_cache_bytes / 2**30:.1f}; lower max_batch (in 2-eval.py: --batch_size) or "
+                "max_seq_len"
             )
         self.cache = SlotCache(model.config, max_batch, self.max_seq_len, weight.dtype, self.device)
         self.waiting: deque[Job] = deque()
