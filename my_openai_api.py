@@ -351,12 +351,23 @@ class Api:
         body = await self.read(request, EmbeddingRequest)
         requests, jobs = self.convert.embeddings(body), []
         for start in range(0, len(requests), self.engine.max_batch):  # a long list must not fill the queue
-            while start and self.engine.num_waiting:  # others may have filled it meanwhile
+            part = requests[start : start + self.engine.max_batch]
+            while (replies := self.submit_part(part, may_wait=start > 0)) is None:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
                 await asyncio.sleep(0.01)
-            replies = self.service.submit(requests[start : start + self.engine.max_batch])
             await replies.finish(request.receive)
             jobs += replies.jobs
         return JSONResponse(embedding_answer(body, jobs, self.name))
+
+    def submit_part(self, requests: Sequence, may_wait: bool) -> "Replies | None":
+        """None if the queue is full and the request is one that may wait: what it has done would be lost."""
+        try:
+            return self.service.submit(requests)
+        except ApiError as error:
+            if may_wait and error.body["error"]["code"] == "queue_full":
+                return None
+            raise
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self.model_card()]})

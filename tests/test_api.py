@@ -14,7 +14,6 @@ import threading
 import time
 import tracemalloc
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -415,11 +414,54 @@ def test_a_million_faults_are_one_fault():
         assert peak < 200e6
 
 
-def test_a_long_list_of_embeddings_waits_for_the_others(client):
-    name = client.models.list().data[0].id
-    with ThreadPoolExecutor(8) as pool:
-        lists = [pool.submit(client.embeddings.create, model=name, input=["春 夏 秋"] * 20) for _ in range(2)]
-        assert all(len(done.result().data) == 20 for done in lists)
+def with_api(engine, talk):
+    """Runs talk(api, http) against the API in this process, the engine driven as in the server."""
+
+    async def run():
+        served = api.Api(engine, engine.tokenizer, "m")
+        driver = asyncio.create_task(served.service.drive())
+        transport = httpx.ASGITransport(served.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            await talk(served, http)
+        driver.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_list_of_embeddings_that_has_begun_waits_for_room(sft_weights):
+    engine = ChatModel.from_pretrained(sft_weights, device="cpu", dtype="float32", max_batch=3).engine
+
+    async def talk(served, http):
+        submit, full, calls = served.service.submit, [2, 3], []  # full: the calls that find no room
+
+        def submit_or_refuse(requests):
+            calls.append(requests)
+            if len(calls) in full:
+                raise protocol.ApiError(503, "full", code="queue_full")
+            return submit(requests)
+
+        served.service.submit = submit_or_refuse
+        answer = await http.post("/v1/embeddings", json={"input": ["春 夏 秋"] * 7})
+        assert answer.status_code == 200 and [one["index"] for one in answer.json()["data"]] == list(range(7))
+        full[:] = range(6, 99)
+        assert (await http.post("/v1/embeddings", json={"input": "春"})).status_code == 503, "before it has begun"
+
+    with_api(engine, talk)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(sft_weights, monkeypatch):
+    monkeypatch.setattr(api, "STALL_SECONDS", 0.1)
+    engine = ChatModel.from_pretrained(sft_weights, device="cpu", dtype="float32", max_batch=1).engine
+
+    async def half():
+        yield b'{"messages": '
+        await asyncio.sleep(60)
+
+    async def talk(served, http):
+        answer = await http.post("/v1/chat/completions", content=half())
+        assert answer.status_code == 408 and "0.1 seconds" in answer.json()["error"]["message"]
+
+    with_api(engine, talk)
 
 
 def test_the_description_covers_what_is_served(http):
